@@ -1,0 +1,1 @@
+"""Reads PyTorch models and prices them on a GPU roofline."""

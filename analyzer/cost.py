@@ -1,0 +1,298 @@
+"""What an op costs, and the registry of the formulas that say so. Pure arithmetic on plain data.
+
+Conventions: a multiply-add is 2 FLOPs; bytes are bytes that cross the device memory bus. A formula is a function
+from a `Call` to a `Cost`, registered under an operator name without overload (`aten.linear`), and serves its
+in-place (`aten.add_`) and `out=` spellings too.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ..hardware.gpu import Gpu
+from .graph import Arg, Graph, Op, Role, Tensor, TensorRef
+
+
+class Status(StrEnum):
+    """How an op's cost is known."""
+
+    PRICED = "priced"
+    FREE = "free"
+    UNPRICED = "unpriced"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Bytes of one tensor that one op moves.
+
+    Attributes:
+        tensor: index in `Graph.tensors`.
+        read: bytes read, the least that any run of this op must read.
+        written: bytes written.
+        expected_read: bytes read on average where that depends on data (experts chosen); else None.
+    """
+
+    tensor: int
+    read: int = 0
+    written: int = 0
+    expected_read: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Work and traffic of one op.
+
+    Attributes:
+        matmul: FLOPs of matrix products as executed, by operand dtype (torch names).
+        vector: FLOPs of elementwise and reduction arithmetic, by dtype computed in.
+        special: transcendental results (exp, tanh, rsqrt, sin ...), one each.
+        traffic: bytes by tensor.
+        scratch_read: bytes read from buffers the op allocates for itself, such as attention scores.
+        scratch_written: bytes written to such buffers.
+        dense_matmul: matmul FLOPs in the convention of other counters, where causality is ignored; None when
+            that is what is executed.
+        tf32: true where PyTorch lets float32 operands round to TF32 by default (cuDNN convolutions).
+        backend: the implementation the GPU would pick, where there is a choice.
+        note: what was assumed for this op.
+    """
+
+    status: Status = Status.PRICED
+    matmul: Mapping[str, float] = field(default_factory=dict)
+    vector: Mapping[str, float] = field(default_factory=dict)
+    special: float = 0.0
+    traffic: tuple[Access, ...] = ()
+    scratch_read: int = 0
+    scratch_written: int = 0
+    dense_matmul: float | None = None
+    tf32: bool = False
+    backend: str = ""
+    note: str = ""
+
+    @property
+    def matmul_flops(self) -> float:
+        """Matmul FLOPs in the dense convention, comparable with other counters."""
+        return self.executed_matmul_flops if self.dense_matmul is None else self.dense_matmul
+
+    @property
+    def executed_matmul_flops(self) -> float:
+        """Matmul FLOPs that the kernel executes: a causal kernel skips what the mask hides."""
+        return sum(self.matmul.values())
+
+    @property
+    def vector_flops(self) -> float:
+        """Vector FLOPs over all dtypes."""
+        return sum(self.vector.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """An op about to be priced: its tensors and arguments by schema name, on a GPU."""
+
+    graph: Graph
+    op: Op
+    gpu: Gpu
+
+    def arg(self, name: str, default: Arg = None) -> Arg:
+        """An argument by schema name; `default` when the overload has no such argument."""
+        return self.op.args.get(name, default)
+
+    def flag(self, name: str) -> bool:
+        """A boolean argument; false when absent."""
+        return bool(self.op.args.get(name, False))
+
+    def integer(self, name: str, default: int) -> int:
+        """An integer argument; `default` when absent or None."""
+        value = self.op.args.get(name)
+        return value if isinstance(value, int) else default
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of integers; a single integer is a list of one, and an absent list is empty."""
+        value = self.op.args.get(name)
+        if isinstance(value, int):
+            return (value,)
+        return tuple(v for v in value if isinstance(v, int)) if isinstance(value, tuple) else ()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor argument; KeyError when it is absent or no tensor."""
+        found = self.optional(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def optional(self, name: str) -> Tensor | None:
+        """A tensor argument, or None."""
+        value = self.op.args.get(name)
+        return self.graph.tensors[value.tensor] if isinstance(value, TensorRef) else None
+
+    def tensors(self, name: str) -> tuple[Tensor, ...]:
+        """A list argument of tensors, those that are None left out."""
+        value = self.op.args.get(name)
+        items = value if isinstance(value, tuple) else (value,)
+        return tuple(self.graph.tensors[v.tensor] for v in items if isinstance(v, TensorRef))
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All tensors it takes, each once."""
+        return tuple(self.graph.tensors[i] for i in self.op.inputs)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """All tensors it returns or, for an op that only writes into its arguments, those."""
+        return tuple(self.graph.tensors[i] for i in self.op.outputs or self.graph.mutated(self.op))
+
+    @property
+    def output(self) -> Tensor:
+        """The first tensor it returns."""
+        return self.outputs[0]
+
+    def cost(
+        self,
+        *,
+        matmul: Mapping[str, float] | None = None,
+        vector: Mapping[str, float] | None = None,
+        special: float = 0.0,
+        reads: Mapping[str, int] | None = None,
+        writes: int | None = None,
+        expected_reads: Mapping[str, int] | None = None,
+        scratch_read: int = 0,
+        scratch_written: int = 0,
+        dense_matmul: float | None = None,
+        tf32: bool = False,
+        backend: str = "",
+        note: str = "",
+    ) -> Cost:
+        """The cost with the usual traffic: every tensor argument read once, every result written once.
+
+        Args:
+            matmul: FLOPs by operand dtype.
+            vector: FLOPs by the dtype computed in.
+            special: transcendental results.
+            reads: bytes read of an argument where that is not all of it: `{"weight": rows * width}`.
+            writes: bytes written in all, where that is not the whole of every result.
+            expected_reads: as `reads`, on average, where that depends on data.
+            scratch_read: bytes read back from the op's own buffers.
+            scratch_written: bytes written to the op's own buffers.
+            dense_matmul: see `Cost`.
+            tf32: see `Cost`.
+            backend: see `Cost`.
+            note: see `Cost`.
+        """
+        return Cost(
+            matmul=matmul or {},
+            vector=vector or {},
+            special=special,
+            traffic=_traffic(self, reads or {}, writes, expected_reads or {}),
+            scratch_read=scratch_read,
+            scratch_written=scratch_written,
+            dense_matmul=dense_matmul,
+            tf32=tf32,
+            backend=backend,
+            note=note,
+        )
+
+
+Formula = Callable[[Call], Cost]
+
+_formulas: dict[str, Formula] = {}
+
+
+def formula(*operators: str) -> Callable[[Formula], Formula]:
+    """Register a function as the price of operators named without overload, such as `aten.linear`.
+
+    Raises:
+        ValueError: an operator is registered twice.
+    """
+
+    def register(function: Formula) -> Formula:
+        for operator in operators:
+            if operator in _formulas:
+                raise ValueError(f"two formulas for {operator}: {_formulas[operator]} and {function}")
+            _formulas[operator] = function
+        return function
+
+    return register
+
+
+def free(*operators: str) -> None:
+    """Declare operators that run no kernel on the device at all (assertions, metadata, allocation).
+
+    Views need no declaration: they are recognised by their storage.
+    """
+    formula(*operators)(lambda _: Cost(status=Status.FREE))
+
+
+def find_formula(target: str) -> Formula | None:
+    """The formula for a target such as `aten.add_.Tensor`, or None."""
+    operator = operator_name(target)
+    return _formulas.get(operator) or _formulas.get(operator.removesuffix("_"))
+
+
+def operator_name(target: str) -> str:
+    """`aten.linear.default` -> `aten.linear`."""
+    return target.rsplit(".", 1)[0] if target.count(".") >= 2 else target
+
+
+def unpriced(call: Call) -> Cost:
+    """What an op without a formula is charged: its inputs and outputs once, and no work."""
+    return Cost(status=Status.UNPRICED, traffic=_traffic(call, {}, None, {}))
+
+
+def bytes_by_role(graph: Graph, cost: Cost) -> dict[Role, tuple[int, int]]:
+    """Bytes (read, written) of a cost by role of the storage.
+
+    Reads of several views of one storage are capped by that storage, since memory read once is on chip.
+    """
+    reads: dict[int, int] = {}
+    totals: dict[Role, tuple[int, int]] = {}
+    for access in cost.traffic:
+        storage = graph.tensors[access.tensor].storage
+        before = reads.get(storage, 0)
+        reads[storage] = min(before + access.read, graph.storages[storage].nbytes)
+        role = graph.storages[storage].role
+        read, written = totals.get(role, (0, 0))
+        totals[role] = (read + reads[storage] - before, written + access.written)
+    if cost.scratch_read or cost.scratch_written:
+        read, written = totals.get(Role.ACTIVATION, (0, 0))
+        totals[Role.ACTIVATION] = (read + cost.scratch_read, written + cost.scratch_written)
+    return totals
+
+
+def _traffic(
+    call: Call, reads: Mapping[str, int], writes: int | None, expected: Mapping[str, int]
+) -> tuple[Access, ...]:
+    graph, op = call.graph, call.op
+    seen: dict[Tensor, Access] = {}
+    for name, value in op.args.items():
+        for index in _indices(value):
+            tensor = graph.tensors[index]
+            read = reads[name] if name in reads else min(tensor.touched_bytes, _home(graph, index))
+            known = seen.get(tensor)
+            if known is None or known.read < read:
+                seen[tensor] = Access(tensor=index, read=read, expected_read=expected.get(name))
+    accesses = list(seen.values())
+    written = _written(graph, op)
+    total = sum(touched for _, touched in written)
+    for index, touched in written:
+        share = touched if writes is None else (writes * touched // total if total else 0)
+        accesses.append(Access(tensor=index, written=share))
+    return tuple(a for a in accesses if a.read or a.written or a.expected_read)
+
+
+def _written(graph: Graph, op: Op) -> Iterable[tuple[int, int]]:
+    # an output that aliases an argument is written only if the op mutates that argument
+    inputs = {graph.tensors[i].storage for i in op.inputs}
+    mutated = graph.mutated(op)
+    fresh = [i for i in op.outputs if graph.tensors[i].storage not in inputs]
+    return [(i, min(graph.tensors[i].touched_bytes, _home(graph, i))) for i in (*mutated, *fresh)]
+
+
+def _home(graph: Graph, index: int) -> int:
+    return graph.storages[graph.tensors[index].storage].nbytes
+
+
+def _indices(value: Arg) -> tuple[int, ...]:
+    if isinstance(value, TensorRef):
+        return (value.tensor,)
+    if isinstance(value, tuple):
+        return tuple(v.tensor for v in value if isinstance(v, TensorRef))
+    return ()

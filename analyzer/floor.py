@@ -1,0 +1,141 @@
+"""The floor of a phase: what any implementation of it must move and compute, in steady state.
+
+Weights touched, cache read, new cache rows and results written, inputs read, each once, less what the GPU's caches can
+keep from the step before; and every necessary matmul FLOP once. What the program does beyond that (copies,
+intermediates, growing the cache by concatenation) is not in the floor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..hardware.gpu import Gpu
+from .cost import Cost, operator_name
+from .graph import Arg, Graph, Op, Role, TensorRef
+
+# ops that only move data: what they return is as new as what they were given
+_COPIES = frozenset(
+    {
+        "aten.clone", "aten.contiguous", "aten.to", "aten._to_copy", "aten.reshape", "aten.flatten", "aten.copy",
+        "aten.expand_copy", "aten.slice_copy", "aten.narrow_copy", "aten.detach_copy", "aten.lift_fresh_copy",
+        "aten.roll", "aten.index_select", "aten.repeat_interleave", "aten.type_as",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """Compulsory traffic in bytes and the seconds it and the matmuls take at the vendor's peaks."""
+
+    weight_bytes: int
+    cache_read_bytes: int
+    cache_written_bytes: int
+    input_bytes: int
+    output_bytes: int
+    kept_on_chip_bytes: int
+    memory_seconds: float
+    compute_seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that must cross the memory bus in a step."""
+        moved = (
+            self.weight_bytes
+            + self.cache_read_bytes
+            + self.cache_written_bytes
+            + self.input_bytes
+            + self.output_bytes
+        )
+        return moved - self.kept_on_chip_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Time that no implementation of the phase can beat."""
+        return max(self.memory_seconds, self.compute_seconds)
+
+
+def floor(graph: Graph, costs: Sequence[Cost], gpu: Gpu) -> Floor:
+    """The floor of a phase on a GPU; `costs` are those of the graph's ops, in order."""
+    reads = _distinct_reads(graph, costs)
+    weights = sum(n for s, n in reads.items() if graph.storages[s].role is Role.WEIGHT)
+    inputs = sum(n for s, n in reads.items() if graph.storages[s].role is Role.INPUT)
+    cache = sum(n for s, n in reads.items() if graph.storages[s].role is Role.KV_CACHE)
+    cache_read = int(cache * graph.cache_fill)
+    cache_written = _written_in_place(graph, costs)
+    written = _fresh_outputs(graph)
+    moved = weights + inputs + cache_read + cache_written + written
+    kept = min(gpu.cache_bytes or 0, moved)
+    compute = 0.0
+    for cost in costs:
+        for dtype, flops in cost.matmul.items():
+            rate = gpu.matmul_rate(dtype, tf32=cost.tf32)
+            compute += flops / rate.flops_per_second if rate else 0.0
+    return Floor(
+        weight_bytes=weights,
+        cache_read_bytes=cache_read,
+        cache_written_bytes=cache_written,
+        input_bytes=inputs,
+        output_bytes=written,
+        kept_on_chip_bytes=kept,
+        memory_seconds=(moved - kept) / gpu.memory_bandwidth,
+        compute_seconds=compute,
+    )
+
+
+def _distinct_reads(graph: Graph, costs: Sequence[Cost]) -> dict[int, int]:
+    """Bytes of each storage read at all, however many ops read them."""
+    by_tensor: dict[int, int] = {}
+    for cost in costs:
+        for access in cost.traffic:
+            by_tensor[access.tensor] = max(by_tensor.get(access.tensor, 0), access.read)
+    by_storage: dict[int, int] = {}
+    for tensor, read in by_tensor.items():
+        storage = graph.tensors[tensor].storage
+        by_storage[storage] = min(by_storage.get(storage, 0) + read, graph.storages[storage].nbytes)
+    return by_storage
+
+
+def _written_in_place(graph: Graph, costs: Sequence[Cost]) -> int:
+    by_storage: dict[int, int] = {}
+    for cost in costs:
+        for access in cost.traffic:
+            storage = graph.tensors[access.tensor].storage
+            if access.written and graph.storages[storage].role is Role.KV_CACHE:
+                written = by_storage.get(storage, 0) + access.written
+                by_storage[storage] = min(written, graph.storages[storage].nbytes)
+    return sum(by_storage.values())
+
+
+def _fresh_outputs(graph: Graph) -> int:
+    """Bytes of the results that were computed in this step: a cache grown by one row counts that row."""
+    makers: dict[int, Op] = {}
+    for op in graph.ops:
+        if not graph.is_view(op):
+            for tensor in op.outputs:
+                makers.setdefault(graph.tensors[tensor].storage, op)
+    total = 0
+    seen: set[int] = set()
+    for tensor in graph.outputs:
+        storage = graph.tensors[tensor].storage
+        if storage not in seen:
+            seen.add(storage)
+            total += _fresh(graph, makers, tensor)
+    return total
+
+
+def _fresh(graph: Graph, makers: dict[int, Op], tensor: int) -> int:
+    whole = graph.tensors[tensor].touched_bytes
+    storage = graph.tensors[tensor].storage
+    op = makers.get(storage)
+    if op is None:
+        return 0  # an input or a weight handed back
+    operator = operator_name(op.target)
+    if operator == "aten.cat":
+        return min(whole, sum(_fresh(graph, makers, i) for i in _refs(op.args.get("tensors"))))
+    source = op.args.get("self", op.args.get("input"))
+    if operator in _COPIES and isinstance(source, TensorRef):
+        return min(whole, _fresh(graph, makers, source.tensor))
+    return whole
+
+
+def _refs(value: Arg) -> list[int]:
+    return [v.tensor for v in value if isinstance(v, TensorRef)] if isinstance(value, tuple) else []

@@ -1,0 +1,84 @@
+"""Convolutions.
+
+Multiply-adds are result positions x filter size x input channels of a group, zeros of the padding included;
+for a transposed convolution every input position meets every filter element instead. This is the count of
+torch.utils.flop_counter. A bias is one vector FLOP per result element. cuDNN rounds float32 operands to TF32
+by default (torch.backends.cudnn.allow_tf32).
+"""
+
+from math import prod
+
+from ..cost import Call, Cost, formula
+from ..graph import Tensor
+from .arithmetic import multiply_adds, reach, vector
+
+
+@formula(
+    "aten.conv1d",
+    "aten.conv2d",
+    "aten.conv3d",
+    "aten.convolution",
+    "aten._convolution",
+    "aten._convolution_mode",
+    "aten.convolution_overrideable",
+    "aten.cudnn_convolution",
+    "aten.cudnn_convolution_relu",
+    "aten.cudnn_convolution_add_relu",
+    "aten._conv_depthwise2d",
+    "aten.conv_depthwise3d",
+)
+def convolution(call: Call) -> Cost:
+    """A convolution, transposed when the arguments say so; positions that a large stride skips are not read."""
+    if call.flag("transposed"):
+        return conv_transpose(call)
+    source, weight, out = _source(call), call.tensor("weight"), call.output
+    relu = out.numel * sum(word in call.op.target for word in ("_relu", "_add_relu"))
+    return call.cost(
+        matmul=multiply_adds(source.dtype, out.numel * prod(weight.shape[1:])),
+        vector=vector(out.dtype, (out.numel if call.optional("bias") else 0) + relu),
+        reads={_source_name(call): reach(call, source, _elements_met(call, source, weight, out))},
+        tf32=source.dtype == "float32",
+    )
+
+
+@formula(
+    "aten.conv_transpose1d",
+    "aten.conv_transpose2d",
+    "aten.conv_transpose3d",
+    "aten.cudnn_convolution_transpose",
+)
+def conv_transpose(call: Call) -> Cost:
+    """A transposed convolution: input elements x filter size x output channels of a group."""
+    source, weight, out = _source(call), call.tensor("weight"), call.output
+    return call.cost(
+        matmul=multiply_adds(source.dtype, source.numel * prod(weight.shape[1:])),
+        vector=vector(out.dtype, out.numel if call.optional("bias") else 0),
+        tf32=source.dtype == "float32",
+    )
+
+
+@formula("aten.conv_tbc")
+def conv_tbc(call: Call) -> Cost:
+    """A 1-d convolution over (time, batch, channels) with a (width, in, out) filter."""
+    source, out = call.tensor("self"), call.output
+    width, channels, _ = call.tensor("weight").shape
+    return call.cost(
+        matmul=multiply_adds(source.dtype, out.numel * width * channels),
+        vector=vector(out.dtype, out.numel),
+        tf32=source.dtype == "float32",
+    )
+
+
+def _source_name(call: Call) -> str:
+    return "input" if "input" in call.op.args else "self"
+
+
+def _source(call: Call) -> Tensor:
+    return call.tensor(_source_name(call))
+
+
+def _elements_met(call: Call, source: Tensor, weight: Tensor, out: Tensor) -> int:
+    spatial = len(weight.shape) - 2
+    sizes = zip(source.shape[-spatial:], out.shape[-spatial:], weight.shape[2:], strict=True)
+    met = prod(min(size, results * width) for size, results, width in sizes)
+    return prod(source.shape[:-spatial]) * met

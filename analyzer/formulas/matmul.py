@@ -1,0 +1,271 @@
+"""Matrix products.
+
+A product of an (m, k) by a (k, n) matrix is m * n * k multiply-adds of 2 FLOPs each, as in
+torch.utils.flop_counter, which however gives 0 for matrix-vector and dot products. Bias adds and the `alpha`
+and `beta` of the addmm family are vector FLOPs, one per result element. An operand broadcast over a batch
+(stride 0) is read once. Eager `matmul` may first copy operands whose batch dimensions cannot be merged; that
+is not counted.
+"""
+
+from math import prod
+
+from ..cost import Call, Cost, formula, unpriced
+from ..graph import Tensor
+from .arithmetic import is_complex, item_bytes, multiply_adds, number, vector
+
+
+@formula("aten.linear")
+def linear(call: Call) -> Cost:
+    """input @ weight.T + bias: result elements x in_features multiply-adds."""
+    source, out = call.tensor("input"), call.output
+    bias = out.numel if call.optional("bias") else 0
+    return call.cost(
+        matmul=multiply_adds(source.dtype, out.numel * source.shape[-1]), vector=vector(out.dtype, bias)
+    )
+
+
+@formula(
+    "aten.mm",
+    "aten.bmm",
+    "aten.matmul",
+    "aten.linalg_matmul",
+    "aten.mv",
+    "aten.dot",
+    "aten.vdot",
+    "aten.inner",
+)
+def matmul(call: Call) -> Cost:
+    """Products over the last dimension of the first operand: result elements x k multiply-adds, any rank."""
+    left = call.tensor("self")
+    inner = left.shape[-1] if left.shape else 1
+    return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * inner))
+
+
+@formula("aten.addmm", "aten._addmm_activation")
+def addmm(call: Call) -> Cost:
+    """beta * self + alpha * mat1 @ mat2, and a GELU or ReLU on top for `_addmm_activation`."""
+    out = call.output
+    activated = "use_gelu" in call.op.args
+    gelu = activated and call.flag("use_gelu")
+    extra = (8 if gelu else 1) * out.numel if activated else 0
+    return _accumulated(call, "mat1", out.numel, special=out.numel if gelu else 0, flops=extra)
+
+
+@formula("aten.addmv")
+def addmv(call: Call) -> Cost:
+    """beta * self + alpha * mat @ vec."""
+    return _accumulated(call, "mat", call.output.numel)
+
+
+@formula("aten.baddbmm")
+def baddbmm(call: Call) -> Cost:
+    """beta * self + alpha * batch1 @ batch2, batch by batch."""
+    return _accumulated(call, "batch1", call.output.numel)
+
+
+@formula("aten.addbmm")
+def addbmm(call: Call) -> Cost:
+    """beta * self + alpha * (batch1 @ batch2).sum(0): the products of every batch are accumulated into one."""
+    return _accumulated(call, "batch1", call.output.numel * call.tensor("batch1").shape[0])
+
+
+@formula("aten.outer", "aten.ger", "aten.kron", "aten.linalg_outer")
+def outer(call: Call) -> Cost:
+    """Nothing is contracted: one multiplication per result element, on vector units."""
+    out = call.output
+    return call.cost(vector=vector(out.dtype, out.numel * (6 if is_complex(out.dtype) else 1)))
+
+
+@formula("aten.addr")
+def addr(call: Call) -> Cost:
+    """beta * self + alpha * outer(vec1, vec2): a multiplication and an addition per element."""
+    beta = number(call, "beta", 1)
+    scales = (number(call, "alpha", 1) != 1) + (beta not in (0, 1))
+    flops = call.output.numel * (1 + (beta != 0) + scales)
+    return call.cost(vector=vector(call.output.dtype, flops), reads={"self": 0} if beta == 0 else None)
+
+
+@formula("aten.tensordot")
+def tensordot(call: Call) -> Cost:
+    """One matrix product over the listed dimensions."""
+    left = call.tensor("self")
+    inner = prod(left.shape[d] for d in call.integers("dims_self"))
+    return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * inner))
+
+
+@formula("aten.linalg_vecdot")
+def vecdot(call: Call) -> Cost:
+    """Dot products along one dimension of the broadcast operands."""
+    left, right = call.tensor("x"), call.tensor("y")
+    dim = call.integer("dim", -1)
+    inner = max(left.shape[dim], right.shape[dim])
+    return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * inner))
+
+
+@formula("aten.linalg_multi_dot", "aten.chain_matmul")
+def multi_dot(call: Call) -> Cost:
+    """A chain of matrices multiplied in the cheapest order, found by dynamic programming as PyTorch does."""
+    chain = call.tensors("tensors") or call.tensors("matrices")
+    shapes = [t.shape for t in chain]
+    if len(shapes[0]) == 1:
+        shapes[0] = (1, *shapes[0])
+    if len(shapes[-1]) == 1:
+        shapes[-1] = (*shapes[-1], 1)
+    sizes = [shapes[0][0], *(s[1] for s in shapes)]
+    count = len(chain)
+    best = {
+        (i, i): (0, 0) for i in range(count)
+    }  # multiply-adds and elements of intermediates, first to last
+    for length in range(1, count):
+        for first in range(count - length):
+            last = first + length
+            best[first, last] = min(
+                (
+                    best[first, cut][0]
+                    + best[cut + 1, last][0]
+                    + sizes[first] * sizes[cut + 1] * sizes[last + 1],
+                    best[first, cut][1] + best[cut + 1, last][1] + sizes[first] * sizes[last + 1],
+                )
+                for cut in range(first, last)
+            )
+    work, elements = best[0, count - 1]
+    between = max(elements - sizes[0] * sizes[-1], 0) * item_bytes(chain[0])
+    return call.cost(
+        matmul=multiply_adds(chain[0].dtype, work), scratch_read=between, scratch_written=between
+    )
+
+
+@formula("aten.bilinear")
+def bilinear(call: Call) -> Cost:
+    """x1 . W_o . x2 for each output o, as PyTorch evaluates it: x1 @ W_o, written out, then its products with x2."""
+    out, weight = call.output, call.tensor("weight")
+    _, width, height = weight.shape
+    between = out.numel * height * item_bytes(out)
+    return call.cost(
+        matmul=multiply_adds(weight.dtype, out.numel * (width + 1) * height),
+        vector=vector(out.dtype, out.numel if call.optional("bias") else 0),
+        scratch_read=between,
+        scratch_written=between,
+    )
+
+
+@formula("aten.cdist")
+def cdist(call: Call) -> Cost:
+    Distances between rows: |a|^2 + |b|^2 - 2ab by one matrix product, or a difference per feature and pair.
+
+    PyTorch takes the matrix product for p = 2 when either side has more than 25 rows; it appends each norm
+    and a one to the rows, hence features + 2.
+    """
+    left, right, out = call.tensor("x1"), call.tensor("x2"), call.output
+    features, p, mode = left.shape[-1], number(call, "p", 2.0), call.integer("compute_mode", 0)
+    product = p == 2 and (mode == 1 or (mode == 0 and max(left.shape[-2], right.shape[-2]) > 25))
+    if product:
+        norms = 2 * (left.numel + right.numel)
+        return call.cost(
+            matmul=multiply_adds(left.dtype, out.numel * (features + 2)),
+            vector=vector(left.dtype, norms + out.numel),
+            special=out.numel,
+        )
+    power = 0 if p in (0, 1, 2, float("inf")) else features
+    root = p not in (0, 1, float("inf"))
+    return call.cost(vector=vector(left.dtype, 3 * out.numel * features), special=out.numel * (power + root))
+
+
+@formula("aten.einsum")
+def einsum(call: Call) -> Cost:
+    """Pairs of operands contracted as PyTorch contracts them: left to right, or along the `path` it was
+    given.
+
+    An index found in one operand of the pair and nowhere else is summed first; an index found in both and
+    nowhere else is contracted, and the pair costs the product of all its index sizes in multiply-adds. When
+    nothing is contracted the pair is multiplied elementwise. Results between pairs are written and read.
+    """
+    operands = call.tensors("tensors")
+    parsed = _subscripts(str(call.arg("equation")), operands)
+    if parsed is None:
+        return unpriced(call)
+    terms, result, size = parsed
+    dtype = operands[0].dtype
+    path = list(call.integers("path"))
+    products, flops, between = 0, 0, 0
+    while len(terms) > 1:
+        first, second = sorted((path.pop(0), path.pop(0))) if path else (0, 1)
+        right, left = terms.pop(second), terms.pop(first)
+        needed = result.union(*terms)
+        for term, other in ((left, right), (right, left)):
+            alone = {i for i in term - other - needed if size[i] > 1}
+            if alone:
+                flops += _volume(term, size)
+                term -= alone
+        contracted = {i for i in left & right - needed if size[i] > 1}
+        work = _volume(left | right, size)
+        products += work if contracted else 0
+        flops += 0 if contracted else work
+        made = (left | right) - contracted
+        terms.insert(len(terms) if call.arg("path") is not None else 0, made)
+        between += _volume(made, size) if len(terms) > 1 else 0
+    if terms[0] - result:
+        flops += _volume(terms[0], size)
+    return call.cost(
+        matmul=multiply_adds(dtype, products),
+        vector=vector(dtype, flops * (6 if is_complex(dtype) else 1)),
+        scratch_read=between * item_bytes(operands[0]),
+        scratch_written=between * item_bytes(operands[0]),
+    )
+
+
+def _accumulated(call: Call, operand: str, results: int, special: float = 0.0, flops: float = 0.0) -> Cost:
+    left, out = call.tensor(operand), call.output
+    alpha, beta = number(call, "alpha", 1), number(call, "beta", 1)
+    scales = (alpha != 1) + (beta not in (0, 1))
+    return call.cost(
+        matmul=multiply_adds(left.dtype, results * left.shape[-1]),
+        vector=vector(out.dtype, out.numel * ((beta != 0) + scales) + flops),
+        special=special,
+        reads={"self": 0} if beta == 0 else None,
+    )
+
+
+def _volume(indices: set[str], size: dict[str, int]) -> int:
+    return prod(size[i] for i in indices)
+
+
+def _subscripts(
+    equation: str, operands: tuple[Tensor, ...]
+) -> tuple[list[set[str]], set[str], dict[str, int]] | None:
+    """Index sets of the operands and of the result, and index sizes; dimensions under an ellipsis are "0",
+    "1", ...
+
+    None when the equation does not fit the operands.
+    """
+    left, arrow, right = equation.replace(" ", "").replace("...", ".").partition("->")
+    written = left.split(",")
+    if len(written) != len(operands):
+        return None
+    hidden = [
+        len(t.shape) - len(s.replace(".", "")) if "." in s else 0
+        for s, t in zip(written, operands, strict=True)
+    ]
+    spread = max(hidden)
+    size: dict[str, int] = {}
+    terms: list[set[str]] = []
+    for text, tensor, count in zip(written, operands, hidden, strict=True):
+        names = _expanded(text, range(spread - count, spread))
+        if len(names) != len(tensor.shape):
+            return None
+        for name, length in zip(names, tensor.shape, strict=True):
+            size[name] = max(size.get(name, 1), length) if length else 0
+        terms.append(set(names))
+    if arrow:
+        result = set(_expanded(right, range(spread)))
+    else:
+        result = {c for c in left if c.isalpha() and left.count(c) == 1} | {str(d) for d in range(spread)}
+    # a dimension that is broadcast belongs only to the operands in which it has a length
+    for term, text, tensor, count in zip(terms, written, operands, hidden, strict=True):
+        names = _expanded(text, range(spread - count, spread))
+        term -= {n for n, length in zip(names, tensor.shape, strict=True) if length == 1 and size[n] > 1}
+    return terms, result & size.keys(), size
+
+
+def _expanded(text: str, hidden: range) -> list[str]:
+    return [name for c in text for name in ([str(d) for d in hidden] if c == "." else [c])]

@@ -1,0 +1,162 @@
+"""Data movement without arithmetic.
+
+These are asked only when they really move data: a `reshape`, `contiguous` or `to` whose result shares its
+input's storage is a view and free. A copy reads the bytes that its source really occupies (an expanded source
+is small) and writes its whole result; casting is no FLOP. Where the result is smaller than the source only
+that much is read.
+"""
+
+from ..cost import Call, Cost, formula
+from ..graph import Tensor
+from .arithmetic import item_bytes, reach, vector
+
+
+@formula(
+    "aten.clone",
+    "aten.contiguous",
+    "aten.to",
+    "aten._to_copy",
+    "aten._autocast_to_full_precision",
+    "aten._autocast_to_reduced_precision",
+    "aten._cast_Byte",
+    "aten._cast_Char",
+    "aten._cast_Double",
+    "aten._cast_Float",
+    "aten._cast_Half",
+    "aten._cast_Int",
+    "aten._cast_Long",
+    "aten._cast_Short",
+    "aten.chalf",
+    "aten.type_as",
+    "aten.lift_fresh_copy",
+    "aten.reshape",
+    "aten.reshape_as",
+    "aten._reshape_copy",
+    "aten._unsafe_view",
+    "aten.flatten",
+    "aten.ravel",
+    "aten.resolve_conj",
+    "aten.resolve_neg",
+    "aten.repeat",
+    "aten.tile",
+    "aten.repeat_interleave",
+    "aten.roll",
+    "aten.flip",
+    "aten.fliplr",
+    "aten.flipud",
+    "aten.rot90",
+    "aten.tril",
+    "aten.triu",
+    "aten.fft_fftshift",
+    "aten.fft_ifftshift",
+    "aten.pixel_shuffle",
+    "aten.pixel_unshuffle",
+    "aten.channel_shuffle",
+    "aten.native_channel_shuffle",
+    "aten.im2col",
+    "aten.pad",
+    "aten.constant_pad_nd",
+    "aten._pad_circular",
+    "aten._pad_enum",
+    "aten.reflection_pad1d",
+    "aten.reflection_pad2d",
+    "aten.reflection_pad3d",
+    "aten.replication_pad1d",
+    "aten.replication_pad2d",
+    "aten.replication_pad3d",
+    "aten.diag",
+    "aten.diagflat",
+    "aten.diag_embed",
+    "aten.max_unpool2d",
+    "aten.max_unpool3d",
+    "aten.alias_copy",
+    "aten.as_strided_copy",
+    "aten.detach_copy",
+    "aten.diagonal_copy",
+    "aten.expand_copy",
+    "aten.narrow_copy",
+    "aten.permute_copy",
+    "aten.select_copy",
+    "aten.slice_copy",
+    "aten.split_copy",
+    "aten.split_with_sizes_copy",
+    "aten.squeeze_copy",
+    "aten.t_copy",
+    "aten.transpose_copy",
+    "aten.unbind_copy",
+    "aten.unfold_copy",
+    "aten.unsqueeze_copy",
+    "aten.view_as_complex_copy",
+    "aten.view_as_real_copy",
+    "aten.view_copy",
+    "aten._conj_copy",
+    "aten._neg_view_copy",
+)
+def copy_of_one(call: Call) -> Cost:
+    """A result whose elements come from `self`; a second tensor that only gives a shape or a dtype is not read."""
+    made = sum(t.numel for t in call.outputs)
+    reads = {"other": 0} if "other" in call.op.args else {}
+    name = next((n for n in ("self", "input") if call.optional(n)), None)
+    if name is not None:
+        reads[name] = reach(call, call.tensor(name), made)
+    return call.cost(reads=reads)
+
+
+@formula(
+    "aten.cat",
+    "aten.concat",
+    "aten.concatenate",
+    "aten.stack",
+    "aten._stack",
+    "aten.hstack",
+    "aten.vstack",
+    "aten.dstack",
+    "aten.row_stack",
+    "aten.column_stack",
+    "aten.block_diag",
+    "aten.cartesian_prod",
+    "aten.combinations",
+    "aten.pad_sequence",
+    "aten._chunk_cat",
+    "aten.flatten_dense_tensors",
+)
+def concatenation(call: Call) -> Cost:
+    """Every input is read and the whole result written."""
+    return call.cost()
+
+
+@formula("aten.copy")
+def copy(call: Call) -> Cost:
+    """`self.copy_(src)`: the source is read and the target written, not read."""
+    return call.cost(reads={"self": 0})
+
+
+@formula("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter", "aten.as_strided_scatter")
+def scatter_view(call: Call) -> Cost:
+    """A copy of `self` with one view of it overwritten: the whole is copied, then the view is written again."""
+    return call.cost(writes=reach(call, call.output) + _overwritten(call))
+
+
+@formula("aten.fill_diagonal")
+def fill_diagonal(call: Call) -> Cost:
+    """The diagonal is written and nothing is read."""
+    target = call.tensor("self")
+    return call.cost(reads={"self": 0}, writes=min(target.shape) * item_bytes(target))
+
+
+@formula("aten.col2im")
+def col2im(call: Call) -> Cost:
+    """Every column element is added to the position it came from."""
+    source = call.tensor("self")
+    return call.cost(vector=vector(source.dtype, source.numel))
+
+
+@formula("aten.item", "aten._local_scalar_dense", "aten._assert_async", "aten._functional_assert_async")
+def one_element(call: Call) -> Cost:
+    """One element is read."""
+    return call.cost()
+
+
+def _overwritten(call: Call) -> int:
+    source: Tensor = call.tensor("src")
+    return source.numel * item_bytes(call.output)

@@ -1,0 +1,182 @@
+"""Elementwise arithmetic: a table of work per result element.
+
+Vector FLOPs count additions, multiplications, divisions, comparisons and selections; special operations count
+evaluations of a transcendental function, one each (softplus is an exp and a log1p). Half types compute in
+float32, as PyTorch's kernels do; complex numbers are counted by their real parts (a product is 6 FLOPs).
+Every operand is read once at the size it really has, every result written once.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+from ..cost import Call, Cost, Status, formula, operator_name, unpriced
+from .arithmetic import is_complex, number, promoted, vector
+
+_WORK: Mapping[tuple[float, float], str] = {
+    (0, 0): "complex positive",
+    (1, 0): """
+        abs absolute neg negative sign sgn signbit ceil floor trunc fix relu relu6 hardtanh hardshrink threshold
+        clamp clamp_min clamp_max clip maximum minimum fmax fmin copysign nextafter frexp bernoulli
+        mul multiply true_divide reciprocal square deg2rad rad2deg angle conj_physical _conj_physical
+        eq ne lt le gt ge not_equal less less_equal greater greater_equal
+        logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
+        bitwise_left_shift bitwise_right_shift __and__ __iand__ __or__ __ior__ __xor__ __ixor__
+        __lshift__ __ilshift__ __rshift__ __irshift__ masked_fill isnan isposinf isneginf isreal
+    """,
+    (2, 0): """
+        _add_relu leaky_relu prelu _prelu_kernel softshrink floor_divide frac heaviside isinf isfinite
+    """,
+    (3, 0): "lerp addcdiv nan_to_num hardsigmoid linalg_cross cross",
+    (4, 0): "hardswish remainder fmod",
+    (7, 0): "isclose",
+    (0, 1): """
+        exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh
+        arcsin arccos arctan arcsinh arccosh arctanh atan2 arctan2 erf erfc erfinv lgamma digamma polygamma i0
+        igamma igammac special_exp2 special_expm1 special_log1p special_erf special_erfc special_erfinv
+        special_erfcx special_gammaln special_digamma special_psi special_polygamma special_i0 special_i0e
+        special_i1 special_i1e special_ndtri special_zeta special_gammainc special_gammaincc special_airy_ai
+        special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 special_spherical_bessel_j0
+        special_modified_bessel_i0 special_modified_bessel_i1 special_modified_bessel_k0
+        special_modified_bessel_k1 special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1
+    """,
+    (1, 1): "ldexp xlogy special_xlogy",
+    (2, 1): "logit special_logit special_entr special_xlog1py special_ndtr",
+    (3, 1): "sigmoid special_expit silu elu selu sinc special_sinc hypot",
+    (4, 1): "celu glu",
+    (2, 2): "polar",
+    (3, 2): "special_log_ndtr",
+    (4, 2): "softplus log_sigmoid log_sigmoid_forward",
+    (5, 2): "logaddexp logaddexp2",
+    (1, 3): "mish",
+}
+
+_COMPLEX: Mapping[str, tuple[float, float]] = {
+    "complex": (0, 0),
+    "polar": (2, 2),
+    "neg": (2, 0),
+    "conj_physical": (1, 0),
+    "_conj_physical": (1, 0),
+    "add": (2, 0),
+    "sub": (2, 0),
+    "rsub": (2, 0),
+    "mul": (6, 0),
+    "multiply": (6, 0),
+    "square": (6, 0),
+    "reciprocal": (6, 0),
+    "div": (11, 0),  # times the conjugate, over the squared modulus
+    "true_divide": (11, 0),
+    "eq": (3, 0),
+    "ne": (3, 0),
+    "masked_fill": (2, 0),
+    "where": (2, 0),
+    "abs": (3, 1),
+    "angle": (0, 1),
+    "exp": (2, 3),
+    "log": (3, 3),
+}
+
+
+def elementwise(call: Call, flops: float, special: float = 0.0) -> Cost:
+    """Work per result element, by the complex table when any operand is complex."""
+    dtype = promoted([*call.inputs, *call.outputs])
+    if is_complex(dtype):
+        name = operator_name(call.op.target).removeprefix("aten.").removesuffix("_")
+        if name not in _COMPLEX:
+            return unpriced(call)
+        flops, special = _COMPLEX[name]
+    count = call.output.numel
+    return call.cost(vector=vector(dtype, flops * count), special=special * count)
+
+
+for (_flops, _special), _names in _WORK.items():
+    formula(*(f"aten.{name}" for name in _names.split()))(
+        partial(elementwise, flops=_flops, special=_special)
+    )
+
+
+@formula("aten.add", "aten.sub", "aten.subtract", "aten.rsub")
+def add(call: Call) -> Cost:
+    """An addition, and a multiplication when `alpha` is not 1."""
+    return elementwise(call, 1 + (number(call, "alpha", 1) != 1))
+
+
+@formula("aten.div", "aten.divide")
+def div(call: Call) -> Cost:
+    """A division, and a rounding when asked for."""
+    return elementwise(call, 1 + bool(call.arg("rounding_mode")))
+
+
+@formula("aten.addcmul")
+def addcmul(call: Call) -> Cost:
+    """self + value * tensor1 * tensor2; the factor is skipped when it is 1."""
+    return elementwise(call, 2 + (number(call, "value", 1) != 1))
+
+
+@formula("aten.round", "aten.special_round")
+def rounding(call: Call) -> Cost:
+    """Rounding; to decimals it is scaled before and after."""
+    return elementwise(call, 3 if number(call, "decimals", 0) else 1)
+
+
+@formula("aten.gelu")
+def gelu(call: Call) -> Cost:
+    """x/2 (1 + erf(x / sqrt 2)): 4 FLOPs and an erf; the tanh approximation takes 8 and a tanh."""
+    return elementwise(call, 8 if call.arg("approximate") == "tanh" else 4, 1)
+
+
+@formula("aten.pow", "aten.float_power")
+def power(call: Call) -> Cost:
+    """Exponents 2 and 3 are products, -1 and -2 divisions as well, +-0.5 a root; any other power is
+    transcendental.
+
+    Integers are raised by repeated squaring: at most two products a bit of the exponent.
+    """
+    exponent = call.arg("exponent")
+    products = {0.0: 0, 1.0: 0, 2.0: 1, 3.0: 2, -1.0: 1, -2.0: 2}
+    if is_complex(promoted([*call.inputs, *call.outputs])):
+        if exponent != 2:
+            return unpriced(call)
+        return call.cost(vector=vector(call.output.dtype, 6 * call.output.numel))
+    if isinstance(exponent, int | float):
+        if exponent in products:
+            return elementwise(call, products[exponent])
+        if isinstance(exponent, int) and "int" in call.output.dtype:
+            return elementwise(call, 2 * exponent.bit_length())
+    return elementwise(call, 0, 1)
+
+
+@formula("aten.mvlgamma", "aten.special_multigammaln")
+def mvlgamma(call: Call) -> Cost:
+    """A sum of p log-gamma values."""
+    terms = call.integer("p", 1)
+    return elementwise(call, terms, terms)
+
+
+@formula("aten.where")
+def where(call: Call) -> Cost:
+    """A selection. Given only a condition it is `nonzero`, whose result's size depends on data: unpriced."""
+    if len(call.outputs) != 1 or len(call.op.args) < 3:
+        return unpriced(call)
+    return elementwise(call, 1)
+
+
+@formula("aten.rrelu", "aten.rrelu_with_noise")
+def rrelu(call: Call) -> Cost:
+    """In inference a leaky ReLU; in training the slope is drawn and kept."""
+    return elementwise(call, 2)
+
+
+@formula(
+    "aten.dropout",
+    "aten.native_dropout",
+    "aten.feature_dropout",
+    "aten.alpha_dropout",
+    "aten.feature_alpha_dropout",
+)
+def dropout(call: Call) -> Cost:
+    """In inference nothing runs; in training a comparison, a scaling and a mask of a byte an element, kept for later."""
+    if not call.flag("train"):
+        return Cost(status=Status.FREE)
+    count = call.output.numel
+    mask = 0 if len(call.outputs) > 1 else count
+    return call.cost(vector=vector(call.output.dtype, 2 * count), scratch_written=mask)

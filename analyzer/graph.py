@@ -1,0 +1,222 @@
+"""The traced model as plain frozen data: storages, tensors, ops. Knows nothing of torch.
+
+A storage is a block of memory; a tensor is a strided view of one storage; an op maps tensors to tensors.
+Whether an op copies or only looks at its input differently is therefore a fact of the data: its output
+either lives in the storage of an input or it does not.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+
+import networkx as nx
+
+ITEM_BITS: Mapping[str, int] = {
+    "bool": 8,
+    "uint8": 8,
+    "int8": 8,
+    "uint16": 16,
+    "int16": 16,
+    "uint32": 32,
+    "int32": 32,
+    "uint64": 64,
+    "int64": 64,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "float8_e4m3fnuz": 8,
+    "float8_e5m2fnuz": 8,
+    "float8_e8m0fnu": 8,
+    "float4_e2m1fn_x2": 8,  # two values a byte; the shape counts bytes
+    "float16": 16,
+    "bfloat16": 16,
+    "float32": 32,
+    "float64": 64,
+    "complex32": 32,
+    "complex64": 64,
+    "complex128": 128,
+}
+
+
+class Role(StrEnum):
+    """What a storage is for; decides the column its bytes are reported in."""
+
+    WEIGHT = "weight"
+    """A parameter or a persistent buffer: read-only, loaded from a checkpoint."""
+    KV_CACHE = "kv_cache"
+    """State carried from one step to the next: keys and values, or a recurrent state."""
+    ACTIVATION = "activation"
+    INPUT = "input"
+    OUTPUT = "output"
+    CONSTANT = "constant"
+    """Non-persistent buffers and literals: position tables, masks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """A block of device memory.
+
+    Attributes:
+        nbytes: its size in bytes.
+        role: what it is for.
+        name: the parameter, buffer, input or op it belongs to.
+    """
+
+    nbytes: int
+    role: Role
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A strided view of a storage; `offset` and `stride` count elements, as in torch."""
+
+    storage: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, expanded dimensions counted in full."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements, expanded dimensions counted in full."""
+        return self.numel * ITEM_BITS[self.dtype] // 8
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of distinct memory behind the view: dimensions of stride 0 hold one element."""
+        if 0 in self.shape:
+            return 0
+        distinct = prod(size for size, stride in zip(self.shape, self.stride, strict=True) if stride != 0)
+        return distinct * ITEM_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A source line. `library` is true when it lies in an installed package, not in the user's project."""
+
+    file: str
+    line: int
+    function: str = ""
+    library: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRef:
+    """An argument that is a tensor: its index in `Graph.tensors`."""
+
+    tensor: int
+
+
+Scalar = None | bool | int | float | str
+Arg = Scalar | TensorRef | tuple[Scalar | TensorRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One call in the traced program.
+
+    Attributes:
+        name: the fx node's name, unique in the graph.
+        target: operator and overload, as in `aten.linear.default`.
+        module: qualified name of the module whose forward made the call; empty for the root.
+        args: every argument by its schema name, defaults filled in.
+        outputs: indices of the tensors it returns.
+        mutates: names of the arguments it writes into.
+        span: innermost source line outside torch.
+        user_span: innermost source line in the user's project, when there is one.
+    """
+
+    name: str
+    target: str
+    module: str = ""
+    module_type: str = ""
+    args: Mapping[str, Arg] = field(default_factory=dict)
+    outputs: tuple[int, ...] = ()
+    mutates: tuple[str, ...] = ()
+    span: Span | None = None
+    user_span: Span | None = None
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Indices of the tensors it takes, in argument order, each once."""
+        return tuple(dict.fromkeys(index for value in self.args.values() for index in _refs(value)))
+
+    @property
+    def anchor(self) -> Span | None:
+        """The line to show the user: their own when the call passed through it, else the library's."""
+        return self.user_span or self.span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """One phase of a model as a straight-line program over tensors.
+
+    Attributes:
+        phase: `prefill`, `decode` or `forward`.
+        tokens: rows the phase pushes through the model (batch x new tokens); 0 for non-token models.
+        cache_fill: share of the cache the model owns that holds earlier tokens; 1 for caches passed in.
+        inputs: tensors given by the caller, caches included.
+        outputs: tensors returned to the caller.
+    """
+
+    phase: str
+    tokens: int = 0
+    cache_fill: float = 1.0
+    storages: tuple[Storage, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+    ops: tuple[Op, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    def role(self, tensor: int) -> Role:
+        """Role of the storage behind a tensor."""
+        return self.storages[self.tensors[tensor].storage].role
+
+    def mutated(self, op: Op) -> tuple[int, ...]:
+        """Tensors the op writes into."""
+        return tuple(dict.fromkeys(i for name in op.mutates for i in _refs(op.args.get(name))))
+
+    def is_view(self, op: Op) -> bool:
+        """True when the op moves no data: it writes nothing and all it returns lives where its inputs live."""
+        if op.mutates or not op.outputs:
+            return False
+        homes = {self.tensors[i].storage for i in op.inputs}
+        return all(self.tensors[i].storage in homes for i in op.outputs)
+
+
+def dataflow(graph: Graph) -> nx.DiGraph:
+    """The order that data imposes on the ops.
+
+    Nodes are indices into `graph.ops`. An edge u -> v with `storage=s` says that v reads what u last wrote into
+    storage s; views hand on their base's storage, so data is followed through them without extra edges.
+    """
+    digraph = nx.DiGraph()
+    writer: dict[int, int] = {}
+    for index, op in enumerate(graph.ops):
+        digraph.add_node(index)
+        for tensor in op.inputs:
+            storage = graph.tensors[tensor].storage
+            if storage in writer:
+                digraph.add_edge(writer[storage], index, storage=storage)
+        if not graph.is_view(op):
+            for tensor in (*op.outputs, *graph.mutated(op)):
+                writer[graph.tensors[tensor].storage] = index
+    return digraph
+
+
+def _refs(value: Arg) -> Iterator[int]:
+    if isinstance(value, TensorRef):
+        yield value.tensor
+    elif isinstance(value, tuple):
+        for item in value:
+            if isinstance(item, TensorRef):
+                yield item.tensor

@@ -1,0 +1,28 @@
+"""Graph -> kernels: the units of execution that are placed on the roofline.
+
+Eager PyTorch launches a kernel for every op that is not free; a kernel here is a set of ops with one cost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cost import Cost, Status
+from .graph import Graph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One launch: the ops it covers (indices into `Graph.ops`) and what they cost together."""
+
+    name: str
+    ops: tuple[int, ...]
+    cost: Cost
+
+
+def eager_kernels(graph: Graph, costs: Sequence[Cost]) -> tuple[Kernel, ...]:
+    """One kernel for each op that is not free."""
+    return tuple(
+        Kernel(name=op.target, ops=(index,), cost=cost)
+        for index, (op, cost) in enumerate(zip(graph.ops, costs, strict=True))
+        if cost.status is not Status.FREE
+    )

@@ -1,0 +1,131 @@
+"""The Report: one model, its graphs, and a run for every scenario and GPU. JSON out and in.
+
+`to_json` and `from_json` are exact inverses; docs/json.md describes the fields, units are in field names or in
+`docs/json.md`: seconds, bytes, FLOPs.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .analysis import Coverage, PhaseAnalysis
+from .errors import ReportFileError
+from .graph import Graph
+from .scenario import Scenario
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The model as reports name it; parameters tied to each other count once."""
+
+    name: str
+    source: str
+    parameters: int
+    parameter_bytes: int
+    dtypes: dict[str, int]
+    cache_kind: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuInfo:
+    """The GPU of a run: what was asked for and the figures that were used.
+
+    Attributes:
+        key: catalogue key.
+        name: product name.
+        note: how the name asked for was understood.
+        memory_bandwidth: byte/s.
+        memory_bytes: usable device memory.
+        cache_bytes: on-chip cache that can keep data from step to step.
+        matmul_peaks: FLOP/s by dtype, dense, those the part has.
+        ridges: FLOP/byte by dtype.
+        confidence: of the catalogue's main figures.
+    """
+
+    key: str
+    name: str
+    note: str
+    memory_bandwidth: float
+    memory_bytes: int
+    cache_bytes: int
+    matmul_peaks: dict[str, float]
+    ridges: dict[str, float]
+    confidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One scenario on one GPU. `findings` stays empty until fxroof has rules."""
+
+    scenario: Scenario
+    gpu: GpuInfo
+    coverage: Coverage
+    phases: tuple[PhaseAnalysis, ...]
+    findings: tuple[dict[str, str], ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What `fxroof analyze` found, and everything needed to price it again for another GPU without torch."""
+
+    schema_version: int = SCHEMA_VERSION
+    fxroof_version: str
+    torch_version: str
+    catalog_version: str
+    model: ModelInfo
+    scenario: Scenario
+    graphs: dict[str, Graph]
+    runs: tuple[Run, ...]
+
+
+def fxroof_version() -> str:
+    """Version of the installed package."""
+    return version("fxroof")
+
+
+def to_json(report: Report, *, indent: int = 1) -> str:
+    """The report as JSON text, the same bytes for the same report."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=indent).decode() + "\n"
+
+
+def from_json(text: str | bytes, source: str = "report") -> Report:
+    """Read a report that `to_json` wrote.
+
+    Raises:
+        ReportFileError: not JSON, not a report, or of another schema version.
+    """
+    try:
+        head = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except msgspec.MsgspecError as error:
+        raise ReportFileError(f"{source}: not a JSON object: {error}", _REWRITE) from error
+    if "schema_version" not in head or "graphs" not in head:
+        raise ReportFileError(f"{source}: not an fxroof report (no schema_version).", _REWRITE)
+    found: Any = msgspec.json.decode(head["schema_version"])
+    if found != SCHEMA_VERSION:
+        raise ReportFileError(
+            f"{source}: schema version {found!r}; this fxroof reads version {SCHEMA_VERSION}.",
+            "Write the report again with this version of fxroof.",
+        )
+    try:
+        return msgspec.json.decode(text, type=Report)
+    except msgspec.ValidationError as error:
+        raise ReportFileError(f"{source}: damaged report: {error}", _REWRITE) from error
+
+
+def read_report(path: Path) -> Report:
+    """Read a saved report from a file; errors as `from_json`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ReportFileError(f"{path}: cannot be read: {error.strerror}.") from error
+    return from_json(content, str(path))
+
+
+_REWRITE = "Write one with: fxroof analyze mymodel.py --gpu b200 -f json -o report.json"

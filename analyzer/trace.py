@@ -1,0 +1,403 @@
+"""A module and example inputs -> a Graph: the file that knows torch.export and torch.fx.
+
+torch.export gives the program as an fx graph; every node is then run again on plain meta tensors, because that alone
+gives exact strides and storage identity: attention returns the layout of the GPU's kernel, multi-output ops return
+views, and a reloaded program gets its aliasing back.
+"""
+
+import functools
+import math
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import TraceError
+from .formulas.attention import Attention, is_fused_somewhere, traced_output_stride
+from .graph import Arg, Graph, Op, Role, Span, Storage, Tensor, TensorRef
+from .meta import tracing
+
+NODE_LIMIT = 200_000
+"""Nodes beyond which a graph is an unrolled loop rather than a model."""
+
+
+def trace(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    phase: str = "forward",
+    tokens: int = 0,
+    cache_fill: float = 1.0,
+    cache: Iterable[torch.Tensor] = (),
+    prefix: str = "",
+) -> Graph:
+    """Trace a module on the meta device into the program that a GPU would run.
+
+    Args:
+        module: all of whose tensors are on meta; see `meta.on_meta`.
+        args: example inputs on meta.
+        kwargs: further example inputs by name.
+        phase: name of the phase, kept in the graph.
+        tokens: rows the phase pushes through the model.
+        cache_fill: see `Graph`.
+        cache: those of the inputs that are carried from step to step.
+        prefix: attribute under which the user's model hangs in `module`, left out of module names.
+
+    Raises:
+        TraceError: export failed; the message names the user's line.
+    """
+    program = export(module, args, kwargs)
+    return from_exported(
+        program, args, kwargs, phase=phase, tokens=tokens, cache_fill=cache_fill, cache=cache, prefix=prefix
+    )
+
+
+def export(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> torch.export.ExportedProgram:
+    """torch.export of the program as it runs: no export-only branches, autocast explicit, grad mode off."""
+    try:
+        with tracing(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, args, dict(kwargs or {}), strict=False)
+    except Exception as error:
+        raise explained(error) from error
+
+
+def from_exported(
+    program: torch.export.ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    phase: str = "forward",
+    tokens: int = 0,
+    cache_fill: float = 1.0,
+    cache: Iterable[torch.Tensor] = (),
+    prefix: str = "",
+) -> Graph:
+    """The Graph of an exported program; arguments as for `trace`."""
+    nodes = len(program.graph.nodes)
+    if nodes > NODE_LIMIT:
+        raise TraceError(
+            f"The {phase} graph has {nodes:,} operations, more than {NODE_LIMIT:,}: a Python loop over tokens unrolls.",
+            "Analyse a shorter prompt with --input-len.",
+        )
+    leaves = pytree.tree_leaves((args, dict(kwargs or {})))
+    builder = _Builder(program=program, leaves=leaves, cached={id(t) for t in cache}, prefix=prefix)
+    return builder.build(phase, tokens, cache_fill)
+
+
+@dataclass
+class _Builder:
+    """Runs an fx graph on meta tensors and writes down what happened."""
+
+    program: torch.export.ExportedProgram
+    leaves: Sequence[Any]
+    cached: set[int]
+    prefix: str
+    storages: dict[int, int] = field(default_factory=dict)
+    roles: list[tuple[int, Role, str]] = field(default_factory=list)
+    tensors: dict[Tensor, int] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    alive: list[Any] = field(default_factory=list)  # a storage's address is its name only while it lives
+
+    def build(self, phase: str, tokens: int, cache_fill: float) -> Graph:
+        env: dict[fx.Node, Any] = {}
+        inputs = self._place_inputs(env)
+        with tracing():
+            returned = self._run(self.program.graph_module, env)
+        outputs = tuple(self._tensor(t, "output") for t in pytree.tree_leaves(returned) if isinstance(t, torch.Tensor))
+        storages = self._finished(outputs)
+        return Graph(
+            phase=phase,
+            tokens=tokens,
+            cache_fill=cache_fill,
+            storages=storages,
+            tensors=tuple(self.tensors),
+            ops=tuple(self.ops),
+            inputs=tuple(inputs),
+            outputs=outputs,
+        )
+
+    def _place_inputs(self, env: dict[fx.Node, Any]) -> list[int]:
+        program = self.program
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        given = iter(self.leaves)
+        inputs: list[int] = []
+        kinds = torch.export.graph_signature.InputKind
+        for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+            if spec.kind == kinds.USER_INPUT:
+                leaf = next(given, None)
+                value = leaf if leaf is not None or node.meta.get("val") is None else node.meta["val"]
+                env[node] = _as_meta(value)
+                if isinstance(env[node], torch.Tensor):
+                    role = Role.KV_CACHE if id(leaf) in self.cached else Role.INPUT
+                    inputs.append(self._tensor(env[node], node.name, role))
+            else:
+                target = str(spec.target)
+                value = program.state_dict.get(target, program.constants.get(target))
+                env[node] = _as_meta(value)
+                if isinstance(env[node], torch.Tensor):
+                    weight = spec.kind == kinds.PARAMETER or (spec.kind == kinds.BUFFER and bool(spec.persistent))
+                    self._tensor(env[node], self._unprefixed(target), Role.WEIGHT if weight else Role.CONSTANT)
+        return inputs
+
+    def _run(self, graph_module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+        for node in graph_module.graph.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], lambda n: env[n])
+            if node.op == "get_attr":
+                env[node] = _as_meta(functools.reduce(getattr, node.target.split("."), graph_module))
+            elif node.op == "call_function":
+                args = fx.node.map_arg(node.args, lambda n: env[n])
+                kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+                env[node] = self._call(node, args, kwargs)
+        return None
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._higher_order(node, target, args, kwargs)
+        if not isinstance(target, torch._ops.OpOverload):
+            return target(*args, **kwargs)  # type: ignore[operator]  # operator.getitem and integer arithmetic
+        result = self._evaluate(node, target, args, kwargs)
+        self.alive.append(result)
+        self._record(node, target, args, kwargs, result)
+        return result
+
+    def _evaluate(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.scaled_dot_product_attention.default:
+            return _attention(target, args, kwargs)
+        try:
+            return target(*args, **_meta_device(kwargs))
+        except Exception:
+            # no meta kernel outside export's own: take export's shapes, as fresh memory
+            return pytree.tree_map(_fresh, node.meta.get("val"))
+
+    def _higher_order(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
+        name = target.name()
+        bodies = [a for a in args if isinstance(a, fx.GraphModule)]
+        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast") and len(bodies) == 1:
+            body = bodies[0]
+            operands = args[args.index(body) + 1 :]
+            holes = [n for n in body.graph.nodes if n.op == "placeholder"]
+            return self._run(body, dict(zip(holes, operands, strict=True)))
+        result = pytree.tree_map(_fresh, node.meta.get("val"))
+        self.alive.append(result)
+        flat = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        self._add(node, f"higher_order.{name}", {"args": tuple(self._ref(t) for t in flat)}, (), result)
+        return result
+
+    def _record(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> None:
+        bound: dict[str, Arg] = {}
+        writes: list[str] = []
+        for position, parameter in enumerate(target._schema.arguments):
+            if position < len(args) and not parameter.kwarg_only:
+                value = args[position]
+            elif parameter.name in kwargs:
+                value = kwargs[parameter.name]
+            elif parameter.has_default_value():
+                value = parameter.default_value
+            else:
+                continue
+            bound[parameter.name] = self._arg(value)
+            if parameter.alias_info is not None and parameter.alias_info.is_write and value is not None:
+                writes.append(parameter.name)
+        self._add(node, str(target), bound, tuple(writes), result)
+
+    def _add(
+        self, node: fx.Node, target: str, args: Mapping[str, Arg], mutates: tuple[str, ...], result: Any
+    ) -> None:
+        stack = node.meta.get("nn_module_stack") or {}
+        path, kind = next(reversed(stack.values()), ("", ""))
+        span, user_span = _spans(node.meta.get("stack_trace") or "")
+        self.ops.append(
+            Op(
+                name=node.name,
+                target=target,
+                module=self._unprefixed(path),
+                module_type=(kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1],
+                args=args,
+                outputs=tuple(
+                    self._tensor(t, node.name) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)
+                ),
+                mutates=mutates,
+                span=span,
+                user_span=user_span,
+            )
+        )
+
+    def _arg(self, value: Any) -> Arg:
+        if isinstance(value, torch.Tensor):
+            return self._ref(value)
+        if isinstance(value, list | tuple):
+            return tuple(v for v in map(self._arg, value) if not isinstance(v, tuple))
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)  # JSON has no infinity
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, complex):
+            return str(value)
+        return str(value).removeprefix("torch.")
+
+    def _ref(self, tensor: torch.Tensor) -> TensorRef:
+        return TensorRef(tensor=self._tensor(tensor, "literal", Role.CONSTANT))
+
+    def _tensor(self, value: torch.Tensor, name: str, role: Role = Role.ACTIVATION) -> int:
+        memory = value.untyped_storage()
+        home = self.storages.get(memory._cdata)
+        if home is None:
+            home = self.storages[memory._cdata] = len(self.roles)
+            self.roles.append((memory.nbytes(), role, name))
+            self.alive.append(value)
+        tensor = _described(value, home)
+        return self.tensors.setdefault(tensor, len(self.tensors))
+
+    def _finished(self, outputs: tuple[int, ...]) -> tuple[Storage, ...]:
+        """Roles that only the whole graph can tell: state is what is written to, outputs are what is returned."""
+        tensors = tuple(self.tensors)
+        graph = Graph(phase="", tensors=tensors)
+        written = {tensors[i].storage for op in self.ops for i in graph.mutated(op)}
+        returned = {tensors[i].storage for i in outputs}
+        floating = {t.storage for t in tensors if t.dtype.startswith(("float", "bfloat")) and len(t.shape) > 1}
+        storages = []
+        for index, (nbytes, role, name) in enumerate(self.roles):
+            final = role
+            if role in (Role.WEIGHT, Role.CONSTANT) and index in written:
+                final = Role.KV_CACHE if index in floating else Role.ACTIVATION
+            elif role is Role.ACTIVATION and index in returned:
+                final = Role.OUTPUT
+            storages.append(Storage(nbytes=nbytes, role=final, name=name))
+        return tuple(storages)
+
+    def _unprefixed(self, path: str) -> str:
+        if path == self.prefix:
+            return ""
+        return path.removeprefix(f"{self.prefix}.") if self.prefix else path
+
+
+def _attention(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> torch.Tensor:
+    """Attention with the output layout of the GPU's kernel; meta's own kernel returns another."""
+    bound = dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | kwargs
+    plain: torch.Tensor = target(*args, **kwargs)
+    mask = bound.get("attn_mask")
+    attention = Attention(
+        query=_described(bound["query"]),
+        key=_described(bound["key"]),
+        value=_described(bound["value"]),
+        mask=None if mask is None else _described(mask),
+        causal=bool(bound.get("is_causal")),
+        gqa=bool(bound.get("enable_gqa")),
+        dropout=float(bound.get("dropout_p") or 0.0),
+    )
+    if plain.dim() != 4 or not is_fused_somewhere(attention):
+        return plain
+    return torch.empty_strided(plain.shape, traced_output_stride(attention), dtype=plain.dtype, device="meta")
+
+
+def _described(value: torch.Tensor, storage: int = 0) -> Tensor:
+    return Tensor(
+        storage=storage,
+        dtype=str(value.dtype).removeprefix("torch."),
+        shape=tuple(value.shape),
+        stride=value.stride(),
+        offset=value.storage_offset(),
+    )
+
+
+def _as_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not value.is_meta:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return value
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
+    return value
+
+
+def _meta_device(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: torch.device("meta") if key == "device" else value for key, value in kwargs.items()}
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+_STDLIB = sysconfig.get_paths()["stdlib"]
+
+
+@functools.lru_cache(maxsize=65536)
+def _spans(stack_trace: str) -> tuple[Span | None, Span | None]:
+    """Innermost frame outside torch, and innermost frame in the user's project."""
+    innermost = user = None
+    for match in _FRAME.finditer(stack_trace):
+        file = match["file"]
+        if file.startswith((_TORCH, _OURS, "<")):
+            continue
+        shown, library = _shown_path(file)
+        span = Span(file=shown, line=int(match["line"]), function=match["function"], library=library)
+        innermost = span
+        if not library:
+            user = span
+    return innermost, user
+
+
+@functools.lru_cache(maxsize=4096)
+def _shown_path(file: str) -> tuple[str, bool]:
+    path = Path(file)
+    parts = path.parts
+    for packages in ("site-packages", "dist-packages"):
+        if packages in parts:
+            return str(Path(*parts[len(parts) - parts[::-1].index(packages) :])), True
+    if file.startswith(_STDLIB):
+        return str(path.relative_to(_STDLIB)), True
+    try:
+        return str(path.resolve().relative_to(Path.cwd())), False
+    except ValueError:
+        return file, False
+
+
+def explained(error: Exception) -> TraceError:
+    """What could not be traced, where in the user's code, and why, in one message."""
+    if isinstance(error, TraceError):
+        return error
+    where = _user_frame(error)
+    reason = str(error).strip().split("\n", 1)[0][:300] or type(error).__name__
+    place = f" at {where}" if where else ""
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in str(error) or "meta tensor" in str(error).lower():
+        return TraceError(
+            f"The model's control flow depends on tensor values{place}: {reason}",
+            "A tensor's value (.item(), .tolist(), `if tensor:`) is unknown without running the model; "
+            "write that line with tensor operations such as torch.where.",
+        )
+    return TraceError(f"torch.export could not trace the model{place}: {kind}: {reason}", "Run with --debug for the whole error.")
+
+
+def _user_frame(error: BaseException) -> str:
+    innermost = ""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        step = cause.__traceback__
+        while step is not None:
+            file = step.tb_frame.f_code.co_filename
+            if not file.startswith((_TORCH, _OURS, "<", sys.prefix + "/bin")) and not file.startswith(_STDLIB):
+                innermost = f"{_shown_path(file)[0]}:{step.tb_lineno}"
+            step = step.tb_next
+        cause = cause.__cause__ or cause.__context__
+    return innermost
+
+

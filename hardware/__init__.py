@@ -1,0 +1,1 @@
+"""What accelerators can do; knows nothing of models."""
