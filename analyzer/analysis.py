@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import fsum
 
 from ..hardware.gpu import Gpu
 from .cost import Cost, Status, bytes_by_role
@@ -218,7 +219,7 @@ def _phase(
     ops: tuple[OpAnalysis, ...],
     by_role: dict[Role, tuple[int, int]],
 ) -> PhaseAnalysis:
-    bound = sum(op.seconds for op in ops)
+    bound = fsum(op.seconds for op in ops)
     least = floor(graph, costs, gpu)
     read, written = (sum(pair[i] for pair in by_role.values()) for i in (0, 1))
     total = read + written
@@ -254,7 +255,7 @@ def _phase(
         bound=Bound(max(shares, key=lambda key: shares[key], default="free")) if bound else Bound.FREE,
         bound_share={key: value / bound for key, value in sorted(shares.items()) if value} if bound else {},
         mfu=least.compute_seconds / bound if bound else 0.0,
-        mbu=total / gpu.memory_bandwidth / bound if bound else 0.0,
+        mbu=fsum(op.lanes.memory for op in ops) / bound if bound else 0.0,
         tokens_per_second=graph.tokens / bound if bound else 0.0,
         ops=ops,
     )

@@ -265,7 +265,8 @@ def _traffic(
     for name, value in op.args.items():
         for index in _indices(value):
             tensor = graph.tensors[index]
-            read = reads[name] if name in reads else min(tensor.touched_bytes, _home(graph, index))
+            default = 0 if _is_destination(op, name) else min(tensor.touched_bytes, _home(graph, index))
+            read = reads.get(name, default)
             known = seen.get(tensor)
             if known is None or known.read < read:
                 seen[tensor] = Access(tensor=index, read=read, expected_read=expected.get(name))
@@ -284,6 +285,10 @@ def _written(graph: Graph, op: Op) -> Iterable[tuple[int, int]]:
     mutated = graph.mutated(op)
     fresh = [i for i in op.outputs if graph.tensors[i].storage not in inputs]
     return [(i, min(graph.tensors[i].touched_bytes, _home(graph, i))) for i in (*mutated, *fresh)]
+
+
+def _is_destination(op: Op, name: str) -> bool:
+    return name in op.mutates and name.rstrip("0123456789") == "out"
 
 
 def _home(graph: Graph, index: int) -> int:

@@ -5,7 +5,8 @@ keep from the step before; and every necessary matmul FLOP once. What the progra
 intermediates, growing the cache by concatenation) is not in the floor.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..hardware.gpu import Gpu
@@ -55,13 +56,16 @@ class Floor:
 
 def floor(graph: Graph, costs: Sequence[Cost], gpu: Gpu) -> Floor:
     """The floor of a phase on a GPU; `costs` are those of the graph's ops, in order."""
+    makers = _makers(graph)
     reads = _distinct_reads(graph, costs)
     weights = sum(n for s, n in reads.items() if graph.storages[s].role is Role.WEIGHT)
     inputs = sum(n for s, n in reads.items() if graph.storages[s].role is Role.INPUT)
-    cache = sum(n for s, n in reads.items() if graph.storages[s].role is Role.KV_CACHE)
+    # only what was there before the step must be read: a cache grown in it is made of that and of new rows
+    cache = sum(n for s, n in reads.items() if graph.storages[s].role is Role.KV_CACHE and s not in makers)
     cache_read = int(cache * graph.cache_fill)
-    cache_written = _written_in_place(graph, costs)
-    written = _fresh_outputs(graph)
+    fresh = _fresh_outputs(graph, makers)
+    cache_written = _written_in_place(graph, costs, makers) + fresh[Role.KV_CACHE]
+    written = sum(fresh.values()) - fresh[Role.KV_CACHE]
     moved = weights + inputs + cache_read + cache_written + written
     kept = min(gpu.cache_bytes or 0, moved)
     compute = 0.0
@@ -94,35 +98,44 @@ def _distinct_reads(graph: Graph, costs: Sequence[Cost]) -> dict[int, int]:
     return by_storage
 
 
-def _written_in_place(graph: Graph, costs: Sequence[Cost]) -> int:
+def _makers(graph: Graph) -> dict[int, Op]:
+    """The op that made each storage of the step's own."""
+    makers: dict[int, Op] = {}
+    given = {graph.tensors[i].storage for i in graph.inputs}
+    for op in graph.ops:
+        if not graph.is_view(op):
+            taken = {graph.tensors[i].storage for i in op.inputs}
+            for tensor in op.outputs:
+                storage = graph.tensors[tensor].storage
+                if storage not in taken and storage not in given:
+                    makers.setdefault(storage, op)
+    return makers
+
+
+def _written_in_place(graph: Graph, costs: Sequence[Cost], makers: Mapping[int, Op]) -> int:
     by_storage: dict[int, int] = {}
     for cost in costs:
         for access in cost.traffic:
             storage = graph.tensors[access.tensor].storage
-            if access.written and graph.storages[storage].role is Role.KV_CACHE:
+            if access.written and graph.storages[storage].role is Role.KV_CACHE and storage not in makers:
                 written = by_storage.get(storage, 0) + access.written
                 by_storage[storage] = min(written, graph.storages[storage].nbytes)
     return sum(by_storage.values())
 
 
-def _fresh_outputs(graph: Graph) -> int:
-    """Bytes of the results that were computed in this step: a cache grown by one row counts that row."""
-    makers: dict[int, Op] = {}
-    for op in graph.ops:
-        if not graph.is_view(op):
-            for tensor in op.outputs:
-                makers.setdefault(graph.tensors[tensor].storage, op)
-    total = 0
+def _fresh_outputs(graph: Graph, makers: Mapping[int, Op]) -> Counter[Role]:
+    """Bytes of the results that were computed in this step, by role: a cache grown by one row counts that row."""
+    fresh: Counter[Role] = Counter()
     seen: set[int] = set()
     for tensor in graph.outputs:
         storage = graph.tensors[tensor].storage
         if storage not in seen:
             seen.add(storage)
-            total += _fresh(graph, makers, tensor)
-    return total
+            fresh[graph.storages[storage].role] += _fresh(graph, makers, tensor)
+    return fresh
 
 
-def _fresh(graph: Graph, makers: dict[int, Op], tensor: int) -> int:
+def _fresh(graph: Graph, makers: Mapping[int, Op], tensor: int) -> int:
     whole = graph.tensors[tensor].touched_bytes
     storage = graph.tensors[tensor].storage
     op = makers.get(storage)

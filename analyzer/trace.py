@@ -25,6 +25,9 @@ from .formulas.attention import Attention, is_fused_somewhere, traced_output_str
 from .graph import Arg, Graph, Op, Role, Span, Storage, Tensor, TensorRef
 from .meta import tracing
 
+RESULT, CACHE = "result", "cache"
+"""Keys under which a program may return its tensors, to say which of them are carried to the next step."""
+
 NODE_LIMIT = 200_000
 """Nodes beyond which a graph is an unrolled loop rather than a model."""
 
@@ -115,8 +118,9 @@ class _Builder:
         inputs = self._place_inputs(env)
         with tracing():
             returned = self._run(self.program.graph_module, env)
-        outputs = tuple(self._tensor(t, "output") for t in pytree.tree_leaves(returned) if isinstance(t, torch.Tensor))
-        storages = self._finished(outputs)
+        outputs = self._outputs(returned)
+        carried = self._outputs(self._carried(returned))
+        storages = self._finished(outputs, carried)
         return Graph(
             phase=phase,
             tokens=tokens,
@@ -262,12 +266,21 @@ class _Builder:
         tensor = _described(value, home)
         return self.tensors.setdefault(tensor, len(self.tensors))
 
-    def _finished(self, outputs: tuple[int, ...]) -> tuple[Storage, ...]:
+    def _outputs(self, returned: Any) -> tuple[int, ...]:
+        return tuple(self._tensor(t, "output") for t in pytree.tree_leaves(returned) if isinstance(t, torch.Tensor))
+
+    def _carried(self, returned: Any) -> Any:
+        spec = self.program.call_spec.out_spec
+        whole = pytree.tree_unflatten(pytree.tree_leaves(returned), spec) if spec is not None else None
+        return whole[CACHE] if isinstance(whole, dict) and set(whole) == {RESULT, CACHE} else ()
+
+    def _finished(self, outputs: tuple[int, ...], carried: tuple[int, ...]) -> tuple[Storage, ...]:
         """Roles that only the whole graph can tell: state is what is written to, outputs are what is returned."""
         tensors = tuple(self.tensors)
         graph = Graph(phase="", tensors=tensors)
         written = {tensors[i].storage for op in self.ops for i in graph.mutated(op)}
         returned = {tensors[i].storage for i in outputs}
+        kept = {tensors[i].storage for i in carried}
         floating = {t.storage for t in tensors if t.dtype.startswith(("float", "bfloat")) and len(t.shape) > 1}
         storages = []
         for index, (nbytes, role, name) in enumerate(self.roles):
@@ -275,7 +288,7 @@ class _Builder:
             if role in (Role.WEIGHT, Role.CONSTANT) and index in written:
                 final = Role.KV_CACHE if index in floating else Role.ACTIVATION
             elif role is Role.ACTIVATION and index in returned:
-                final = Role.OUTPUT
+                final = Role.KV_CACHE if index in kept else Role.OUTPUT
             storages.append(Storage(nbytes=nbytes, role=final, name=name))
         return tuple(storages)
 

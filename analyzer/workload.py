@@ -19,6 +19,7 @@ from .errors import WorkloadError
 from .load import Model
 from .meta import building, expose_plain_tensors, on_meta, tracing
 from .scenario import Scenario
+from .trace import CACHE, RESULT, explained
 
 CACHE_ARGUMENTS = (
     "past_key_values", "past_key_value", "kv_cache", "kv_caches", "cache", "caches", "past_kv", "past", "layer_past",
@@ -99,34 +100,50 @@ def plan(model: Model, scenario: Scenario, phase: str = "all") -> Workload:
     )
 
 
-class _Stateless(nn.Module):
-    """Calls the model and returns every tensor of its result."""
+class _Call(nn.Module):
+    """Calls the model and returns every tensor of its result, the cache it hands back apart from the rest.
 
-    def __init__(self, model: nn.Module, names: Sequence[str] = (), fixed: Mapping[str, Any] | None = None) -> None:
+    With a `template`, inputs after the tokens are tensors to rebuild the cache argument around.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        names: Sequence[str] = (),
+        fixed: Mapping[str, Any] | None = None,
+        cache_argument: str = "",
+        template: Any = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.names = tuple(names)
         self.fixed = dict(fixed or {})
-
-    def forward(self, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        positional = inputs[: len(inputs) - len(self.names)]
-        named = dict(zip(self.names, inputs[len(positional) :], strict=True))
-        return tuple(tensors_in(self.model(*positional, **named, **self.fixed)))
-
-
-class _WithCache(nn.Module):
-    """Calls the model with a cache rebuilt around the tensors given, and returns result and cache as tensors."""
-
-    def __init__(self, model: nn.Module, argument: str, template: Any, fixed: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.argument = argument
+        self.cache_argument = cache_argument
         self.template = [template]  # in a list, so that a template that is a module is not registered
-        self.fixed = dict(fixed)
 
-    def forward(self, tokens: torch.Tensor, *cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        state = refilled(self.template[0], cache)
-        return tuple(tensors_in(self.model(tokens, **{self.argument: state}, **self.fixed)))
+    def forward(self, *inputs: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+        if self.template[0] is not None:
+            state = refilled(self.template[0], inputs[1:])
+            result = self.model(inputs[0], **{self.cache_argument: state}, **self.fixed)
+        else:
+            positional = inputs[: len(inputs) - len(self.names)]
+            named = dict(zip(self.names, inputs[len(positional) :], strict=True))
+            result = self.model(*positional, **named, **self.fixed)
+        cache = tensors_in(returned_cache(result, self.cache_argument)) if self.cache_argument else []
+        carried = {id(t) for t in cache}
+        return {RESULT: tuple(t for t in tensors_in(result) if id(t) not in carried), CACHE: tuple(cache)}
+
+
+def returned_cache(result: Any, argument: str) -> Any:
+    """The cache in what a model returned: the field of the argument's name, or the last part that is not the first."""
+    if isinstance(result, Mapping):
+        return result.get(argument)
+    if (field_value := getattr(result, argument, None)) is not None:
+        return field_value
+    if isinstance(result, tuple | list) and len(result) > 1:
+        return next((part for part in reversed(result[1:]) if tensors_in(part)), None)
+    return None
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -152,7 +169,7 @@ def _passed_cache(model: Model, scenario: Scenario, phase: str, names: Sequence[
         programs.append(
             Program(
                 phase="prefill",
-                module=_Stateless(model.module, fixed=fixed),
+                module=_Call(model.module, fixed=fixed, cache_argument=argument),
                 args=(_tokens(scenario.batch_size, scenario.input_len),),
                 tokens=scenario.batch_size * scenario.input_len,
             )
@@ -163,7 +180,7 @@ def _passed_cache(model: Model, scenario: Scenario, phase: str, names: Sequence[
         programs.append(
             Program(
                 phase="decode",
-                module=_WithCache(model.module, argument, template, fixed),
+                module=_Call(model.module, fixed=fixed, cache_argument=argument, template=template),
                 args=(_tokens(scenario.batch_size, 1), *cache),
                 cache=cache,
                 tokens=scenario.batch_size,
@@ -190,7 +207,7 @@ def _own_cache_by_position(model: Model, scenario: Scenario, phase: str) -> Work
             programs.append(
                 Program(
                     phase=name,
-                    module=_Stateless(model.module, names=order),
+                    module=_Call(model.module, names=order),
                     args=tuple(inputs[n] for n in order),
                     tokens=scenario.batch_size * length,
                     cache_fill=fill,
@@ -210,7 +227,7 @@ def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workloa
             programs.append(
                 Program(
                     phase=name,
-                    module=_Stateless(model.module, names=(first,), fixed={"start_pos": start}),
+                    module=_Call(model.module, names=(first,), fixed={"start_pos": start}),
                     args=(_tokens(scenario.batch_size, length),),
                     tokens=scenario.batch_size * length,
                     cache_fill=1.0 if start else 0.0,
@@ -226,7 +243,7 @@ def _no_cache(model: Model, scenario: Scenario, phase: str, arguments: Mapping[s
     programs = [
         Program(
             phase=name,
-            module=_Stateless(model.module, fixed=_fixed_arguments(tuple(arguments), cached=False)),
+            module=_Call(model.module, fixed=_fixed_arguments(tuple(arguments), cached=False)),
             args=(_tokens(scenario.batch_size, length),),
             tokens=scenario.batch_size * length,
         )
@@ -247,7 +264,7 @@ def _plain_forward(model: Model, scenario: Scenario, arguments: Mapping[str, ins
     for candidate in _guesses(model.module, scenario):
         if _runs(model.module, (candidate,)):
             shape = "x".join(map(str, candidate.shape))
-            program = Program(phase="forward", module=_Stateless(model.module), args=(candidate,))
+            program = Program(phase="forward", module=_Call(model.module), args=(candidate,))
             kind = str(candidate.dtype).removeprefix("torch.")
             return Workload(
                 programs=(program,),
@@ -276,7 +293,7 @@ def _from_hook(model: Model, scenario: Scenario, phase: str) -> Workload:
         programs.append(
             Program(
                 phase=name,
-                module=_Stateless(model.module, names=names),
+                module=_Call(model.module, names=names),
                 args=values,
                 tokens=scenario.batch_size * length,
                 cache=tuple(t for v in values if not isinstance(v, torch.Tensor) for t in tensors_in(v)),
@@ -305,16 +322,8 @@ def _cache_after(model: Model, scenario: Scenario, length: int, argument: str, f
         try:
             result = model.module(_tokens(scenario.batch_size, length), **fixed)
         except Exception as error:
-            from .trace import explained
-
             raise explained(error) from error
-    if (field_value := getattr(result, argument, None)) is not None:
-        return field_value
-    if isinstance(result, Mapping):
-        return result.get(argument)
-    if isinstance(result, tuple | list) and len(result) > 1:
-        return next((part for part in reversed(result[1:]) if tensors_in(part)), None)
-    return None
+    return returned_cache(result, argument)
 
 
 def _fixed_arguments(names: Sequence[str], *, cached: bool = True) -> dict[str, Any]:

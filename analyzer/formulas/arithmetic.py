@@ -14,7 +14,7 @@ def is_complex(dtype: str) -> bool:
 
 
 def opmath(dtype: str) -> str:
-    """The dtype that PyTorch's kernels compute in: float32 for narrower floats, the parts' for complex numbers."""
+    """The dtype that kernels compute in: float32 for narrower floats, the parts' for complex numbers."""
     real = _REAL.get(dtype, dtype)
     narrow = real.startswith(("float", "bfloat")) and ITEM_BITS[real] < 32
     return "float32" if narrow else real
@@ -26,14 +26,14 @@ def vector(dtype: str, flops: float) -> dict[str, float]:
 
 
 def multiply_adds(dtype: str, count: float) -> dict[str, float]:
-    """Matmul FLOPs of multiply-adds on operands of a dtype: 2 each, 8 for complex numbers, filed under their parts."""
+    """Matmul FLOPs by operand dtype: 2 a multiply-add, 8 for complex numbers, filed under their parts."""
     if not count:
         return {}
     return {_REAL[dtype]: 8.0 * count} if is_complex(dtype) else {dtype: 2.0 * count}
 
 
 def promoted(tensors: Iterable[Tensor]) -> str:
-    """The dtype that elementwise arithmetic on these tensors happens in; 0-d tensors yield to others, as in torch."""
+    """The dtype of elementwise arithmetic on these tensors; 0-d tensors yield to others, as in torch."""
     known = list(tensors)
     ranked = [t for t in known if t.shape] or known
     return max((t.dtype for t in ranked), key=_rank)

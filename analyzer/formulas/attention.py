@@ -1,7 +1,7 @@
 """Scaled dot product attention: which kernel PyTorch picks on a GPU, and what that kernel costs.
 
-Shapes: query (B, Hq, S, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), scores (B, Hq, S, T), output (B, Hq,
-S, Dv).
+Shapes: query (B, Hq, S, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), scores (B, Hq, S, T),
+output (B, Hq, S, Dv).
 
 The rules of the choice are those of torch 2.13 in inference, with the cuDNN that its CUDA 13 wheels bring
 (9.20): `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` and `sdp_utils_cpp.h`. They were read, not run:
@@ -57,12 +57,15 @@ def choose_backend(attention: Attention, gpu: Gpu) -> Backend:
     """The kernel that `scaled_dot_product_attention` picks on a GPU in inference.
 
     NVIDIA: cuDNN first on SM 9.0, 10.0 and 10.3, then flash, then memory-efficient, then math. AMD:
-    AOTriton's flash and memory-efficient kernels on CDNA and on RDNA 3 and later, else math. Apple: a fused
+    AOTriton's flash and memory-efficient kernels from CDNA 2 and RDNA 3 on, else math. Apple: a fused
     vector kernel for at most 8 queries, else an unfused graph. Elsewhere a fused kernel is assumed.
     """
     match gpu.vendor:
         case "nvidia":
-            return _choose_nvidia(attention, gpu.compute_capability or _UNKNOWN_CAPABILITY)
+            if gpu.compute_capability is None:
+                chosen = _choose_nvidia(attention, _UNKNOWN_CAPABILITY)
+                return Backend(chosen.name, "; ".join(filter(None, ("taken for SM 10.0", chosen.reason))))
+            return _choose_nvidia(attention, gpu.compute_capability)
         case "amd":
             return _choose_amd(attention, gpu.architecture)
         case "apple":
@@ -147,7 +150,7 @@ def math_steps(attention: Attention, *, converts_mask: bool = True) -> tuple[Ste
     | mask to float         | bool mask, `F.sdpa`    | mask                      | mask, query dtype         |
     | cast query, key, value| 16-bit                 | each                      | each, c                   |
     | scale query           | always                 | query, c                  | query, c                  |
-    | causal mask: 3        | is_causal              | ones; tril                | ones, tril (bool); mask (c) |
+    | causal mask: 3        | is_causal              | ones; tril                | ones; tril (bool); mask, c|
     | repeat key, value     | enable_gqa, Hkv != Hq  | each, c                   | each with Hq heads, c     |
     | scale key             | always                 | key, c                    | key, c                    |
     | copy query, key       | (B, H) not one stride  | each, c                   | each, contiguous, c       |
@@ -246,9 +249,7 @@ def metal_steps(attention: Attention, backend: BackendName) -> tuple[Step, ...]:
         kernels.run("probabilities x value", (scores, value), _scratch(_output_shape(attention), query.dtype))
     else:
         key, value = (
-            tensor
-            if tensor.stride == _contiguous_stride(tensor.shape)
-            else kernels.contiguous(f"copy {name}", tensor)
+            t if t.stride == _contiguous_stride(t.shape) else kernels.contiguous(f"copy {name}", t)
             for name, t in (("key", key), ("value", value))
         )
         kernels.run("attention", (query, key, value, *masks), _scratch(_output_shape(attention), query.dtype))

@@ -28,7 +28,7 @@ from .arithmetic import multiply_adds, reach, vector
     "aten.conv_depthwise3d",
 )
 def convolution(call: Call) -> Cost:
-    """A convolution, transposed when the arguments say so; positions that a large stride skips are not read."""
+    """A convolution, transposed if the arguments say so; what a large stride skips is not read."""
     if call.flag("transposed"):
         return conv_transpose(call)
     source, weight, out = _source(call), call.tensor("weight"), call.output
@@ -36,7 +36,7 @@ def convolution(call: Call) -> Cost:
     return call.cost(
         matmul=multiply_adds(source.dtype, out.numel * prod(weight.shape[1:])),
         vector=vector(out.dtype, (out.numel if call.optional("bias") else 0) + relu),
-        reads={_source_name(call): reach(call, source, _elements_met(call, source, weight, out))},
+        reads={_source_name(call): reach(call, source, _elements_met(source, weight, out))},
         tf32=source.dtype == "float32",
     )
 
@@ -77,7 +77,7 @@ def _source(call: Call) -> Tensor:
     return call.tensor(_source_name(call))
 
 
-def _elements_met(call: Call, source: Tensor, weight: Tensor, out: Tensor) -> int:
+def _elements_met(source: Tensor, weight: Tensor, out: Tensor) -> int:
     spatial = len(weight.shape) - 2
     sizes = zip(source.shape[-spatial:], out.shape[-spatial:], weight.shape[2:], strict=True)
     met = prod(min(size, results * width) for size, results, width in sizes)

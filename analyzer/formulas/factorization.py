@@ -26,7 +26,7 @@ def cholesky(call: Call) -> Cost:
     "aten.logdet",
 )
 def lu(call: Call) -> Cost:
-    """m n^2 - n^3 / 3 FLOPs for m >= n: 2/3 n^3 when square."""
+    """For m >= n, m n^2 - n^3 / 3 FLOPs: 2/3 n^3 when square."""
     source = _matrix(call)
     rows, columns = max(source.shape[-2:]), min(source.shape[-2:])
     batch = source.numel // max(rows * columns, 1)

@@ -90,7 +90,7 @@ def index_fill(call: Call) -> Cost:
 
 @formula("aten.masked_scatter")
 def masked_scatter(call: Call) -> Cost:
-    """The source in the places that the mask names, all of it when they are as many; each place is counted first."""
+    """The whole source, in the places that the mask names; places are numbered first, an addition each."""
     target, mask, source = call.tensor("self"), call.tensor("mask"), call.tensor("source")
     hit = min(source.numel, target.numel)
     return _scatter(call, hit, reads={"source": reach(call, source, hit)}, flops=vector("int64", mask.numel))

@@ -16,7 +16,7 @@ from .arithmetic import is_complex, item_bytes, multiply_adds, number, vector
 
 @formula("aten.linear")
 def linear(call: Call) -> Cost:
-    """input @ weight.T + bias: result elements x in_features multiply-adds."""
+    """The product input @ weight.T, plus bias: result elements x in_features multiply-adds."""
     source, out = call.tensor("input"), call.output
     bias = out.numel if call.optional("bias") else 0
     return call.cost(
@@ -43,7 +43,7 @@ def matmul(call: Call) -> Cost:
 
 @formula("aten.addmm", "aten._addmm_activation")
 def addmm(call: Call) -> Cost:
-    """beta * self + alpha * mat1 @ mat2, and a GELU or ReLU on top for `_addmm_activation`."""
+    """The sum beta * self + alpha * mat1 @ mat2, and a GELU or ReLU on top for `_addmm_activation`."""
     out = call.output
     activated = "use_gelu" in call.op.args
     gelu = activated and call.flag("use_gelu")
@@ -53,19 +53,19 @@ def addmm(call: Call) -> Cost:
 
 @formula("aten.addmv")
 def addmv(call: Call) -> Cost:
-    """beta * self + alpha * mat @ vec."""
+    """The sum beta * self + alpha * mat @ vec."""
     return _accumulated(call, "mat", call.output.numel)
 
 
 @formula("aten.baddbmm")
 def baddbmm(call: Call) -> Cost:
-    """beta * self + alpha * batch1 @ batch2, batch by batch."""
+    """The sum beta * self + alpha * batch1 @ batch2, batch by batch."""
     return _accumulated(call, "batch1", call.output.numel)
 
 
 @formula("aten.addbmm")
 def addbmm(call: Call) -> Cost:
-    """beta * self + alpha * (batch1 @ batch2).sum(0): the products of every batch are accumulated into one."""
+    """The sum beta * self + alpha * (batch1 @ batch2).sum(0): every batch is accumulated into one."""
     return _accumulated(call, "batch1", call.output.numel * call.tensor("batch1").shape[0])
 
 
@@ -78,7 +78,7 @@ def outer(call: Call) -> Cost:
 
 @formula("aten.addr")
 def addr(call: Call) -> Cost:
-    """beta * self + alpha * outer(vec1, vec2): a multiplication and an addition per element."""
+    """The sum beta * self + alpha * outer(vec1, vec2): a multiplication and an addition per element."""
     beta = number(call, "beta", 1)
     scales = (number(call, "alpha", 1) != 1) + (beta not in (0, 1))
     flops = call.output.numel * (1 + (beta != 0) + scales)
@@ -137,7 +137,7 @@ def multi_dot(call: Call) -> Cost:
 
 @formula("aten.bilinear")
 def bilinear(call: Call) -> Cost:
-    """x1 . W_o . x2 for each output o, as PyTorch evaluates it: x1 @ W_o, written out, then its products with x2."""
+    """Per output o, x1 . W_o . x2 as PyTorch evaluates it: x1 @ W_o, written out, then times x2."""
     out, weight = call.output, call.tensor("weight")
     _, width, height = weight.shape
     between = out.numel * height * item_bytes(out)
@@ -151,7 +151,7 @@ def bilinear(call: Call) -> Cost:
 
 @formula("aten.cdist")
 def cdist(call: Call) -> Cost:
-    Distances between rows: |a|^2 + |b|^2 - 2ab by one matrix product, or a difference per feature and pair.
+    """Distances between rows: |a|^2 + |b|^2 - 2ab by a matrix product, or a difference per feature and pair.
 
     PyTorch takes the matrix product for p = 2 when either side has more than 25 rows; it appends each norm
     and a one to the rows, hence features + 2.
@@ -173,8 +173,7 @@ def cdist(call: Call) -> Cost:
 
 @formula("aten.einsum")
 def einsum(call: Call) -> Cost:
-    """Pairs of operands contracted as PyTorch contracts them: left to right, or along the `path` it was
-    given.
+    """Pairs of operands contracted as PyTorch does: left to right, or along the `path` it was given.
 
     An index found in one operand of the pair and nowhere else is summed first; an index found in both and
     nowhere else is contracted, and the pair costs the product of all its index sizes in multiply-adds. When
@@ -233,8 +232,7 @@ def _volume(indices: set[str], size: dict[str, int]) -> int:
 def _subscripts(
     equation: str, operands: tuple[Tensor, ...]
 ) -> tuple[list[set[str]], set[str], dict[str, int]] | None:
-    """Index sets of the operands and of the result, and index sizes; dimensions under an ellipsis are "0",
-    "1", ...
+    """Index sets of the operands and of the result, and index sizes; an ellipsis hides "0", "1", ...
 
     None when the equation does not fit the operands.
     """

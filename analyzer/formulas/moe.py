@@ -13,7 +13,7 @@ from .arithmetic import multiply_adds, reach, vector
 
 @formula("aten._grouped_mm", "aten._scaled_grouped_mm", "aten._scaled_grouped_mm_v2")
 def grouped_mm(call: Call) -> Cost:
-    """Rows by experts (2-d x 3-d, 3-d x 2-d), a batch (3-d x 3-d), or groups of the inner dimension (2-d x 2-d)."""
+    """Rows by experts (2-d x 3-d, 3-d x 2-d), a batch (3-d x 3-d), or groups of the inner dimension."""
     left, right, out = call.tensor("self"), call.tensor("mat2"), call.output
     packed = 2 if left.dtype == "float4_e2m1fn_x2" else 1
     ranks = len(left.shape), len(right.shape)

@@ -93,7 +93,7 @@ from .arithmetic import item_bytes, reach, vector
     "aten._neg_view_copy",
 )
 def copy_of_one(call: Call) -> Cost:
-    """A result whose elements come from `self`; a second tensor that only gives a shape or a dtype is not read."""
+    """Elements of `self` in another place; a second tensor that only gives a shape or a dtype is not read."""
     made = sum(t.numel for t in call.outputs)
     reads = {"other": 0} if "other" in call.op.args else {}
     name = next((n for n in ("self", "input") if call.optional(n)), None)
@@ -133,7 +133,7 @@ def copy(call: Call) -> Cost:
 
 @formula("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter", "aten.as_strided_scatter")
 def scatter_view(call: Call) -> Cost:
-    """A copy of `self` with one view of it overwritten: the whole is copied, then the view is written again."""
+    """A copy of `self` with one view overwritten: the whole is copied, then the view is written again."""
     return call.cost(writes=reach(call, call.output) + _overwritten(call))
 
 

@@ -30,7 +30,7 @@ def group_norm(call: Call) -> Cost:
 
 @formula("aten.instance_norm")
 def instance_norm(call: Call) -> Cost:
-    """As a layer norm over each channel of each example, or as a batch norm when running statistics are used."""
+    """A layer norm over each channel of each example, or a batch norm when running statistics are used."""
     source = call.tensor("input")
     if not call.flag("use_input_stats"):
         return _by_channel(call, source)
@@ -47,7 +47,7 @@ def instance_norm(call: Call) -> Cost:
     "aten._native_batch_norm_legit_no_training",
 )
 def batch_norm(call: Call) -> Cost:
-    """In inference a multiplication and an addition an element; in training as a layer norm over each channel."""
+    """In inference a multiplication and an addition an element; in training a layer norm over channels."""
     source = call.tensor("input")
     if call.flag("training"):
         return _standardised(call, source, source.shape[1])
@@ -86,7 +86,7 @@ def softmax(call: Call) -> Cost:
 
 @formula("aten.log_softmax", "aten._log_softmax", "aten.special_log_softmax")
 def log_softmax(call: Call) -> Cost:
-    """Maximum, subtract, exp, sum, subtract the log of the sum: 4 FLOPs and an exp an element, a log per row."""
+    """Maximum, subtract, exp, sum, subtract the log: 4 FLOPs and an exp an element, a log per row."""
     source = call.tensor("self")
     return call.cost(
         vector=vector(source.dtype, 4 * source.numel), special=source.numel + _rows(call, source)
@@ -95,14 +95,14 @@ def log_softmax(call: Call) -> Cost:
 
 @formula("aten._weight_norm", "aten._weight_norm_interface")
 def weight_norm(call: Call) -> Cost:
-    """g * v / |v| by row: a norm at 2 FLOPs an element, a scaling at 1, a root and a division per row."""
+    """Rows of v scaled to length g: 2 FLOPs an element for the norm, 1 for the scaling; a root a row."""
     direction, rows = call.tensor("v"), call.tensor("g").numel
     return call.cost(vector=vector(direction.dtype, 3 * direction.numel + rows), special=rows)
 
 
 @formula("aten.cosine_similarity")
 def cosine_similarity(call: Call) -> Cost:
-    """Three dot products of the broadcast operands; per result two roots, a maximum, a product and a division."""
+    """Three dot products of the broadcast operands; per result 2 roots, a maximum, a product, a division."""
     out = call.output
     inner = max(t.shape[call.integer("dim", 1)] for t in call.inputs)
     return call.cost(vector=vector(out.dtype, out.numel * (6 * inner + 3)), special=2 * out.numel)

@@ -15,8 +15,8 @@ from .arithmetic import is_complex, number, promoted, vector
 _WORK: Mapping[tuple[float, float], str] = {
     (0, 0): "complex positive",
     (1, 0): """
-        abs absolute neg negative sign sgn signbit ceil floor trunc fix relu relu6 hardtanh hardshrink threshold
-        clamp clamp_min clamp_max clip maximum minimum fmax fmin copysign nextafter frexp bernoulli
+        abs absolute neg negative sign sgn signbit ceil floor trunc fix relu relu6 hardtanh hardshrink
+        threshold clamp clamp_min clamp_max clip maximum minimum fmax fmin copysign nextafter frexp bernoulli
         mul multiply true_divide reciprocal square deg2rad rad2deg angle conj_physical _conj_physical
         eq ne lt le gt ge not_equal less less_equal greater greater_equal
         logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
@@ -30,7 +30,8 @@ _WORK: Mapping[tuple[float, float], str] = {
     (4, 0): "hardswish remainder fmod",
     (7, 0): "isclose",
     (0, 1): """
-        exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh
+        exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh
+        atanh
         arcsin arccos arctan arcsinh arccosh arctanh atan2 arctan2 erf erfc erfinv lgamma digamma polygamma i0
         igamma igammac special_exp2 special_expm1 special_log1p special_erf special_erfc special_erfinv
         special_erfcx special_gammaln special_digamma special_psi special_polygamma special_i0 special_i0e
@@ -108,7 +109,7 @@ def div(call: Call) -> Cost:
 
 @formula("aten.addcmul")
 def addcmul(call: Call) -> Cost:
-    """self + value * tensor1 * tensor2; the factor is skipped when it is 1."""
+    """The sum self + value * tensor1 * tensor2; the factor is skipped when it is 1."""
     return elementwise(call, 2 + (number(call, "value", 1) != 1))
 
 
@@ -126,8 +127,7 @@ def gelu(call: Call) -> Cost:
 
 @formula("aten.pow", "aten.float_power")
 def power(call: Call) -> Cost:
-    """Exponents 2 and 3 are products, -1 and -2 divisions as well, +-0.5 a root; any other power is
-    transcendental.
+    """Exponents 2 and 3 are products, -1 and -2 divisions too; any other power is one transcendental.
 
     Integers are raised by repeated squaring: at most two products a bit of the exponent.
     """
@@ -174,7 +174,7 @@ def rrelu(call: Call) -> Cost:
     "aten.feature_alpha_dropout",
 )
 def dropout(call: Call) -> Cost:
-    """In inference nothing runs; in training a comparison, a scaling and a mask of a byte an element, kept for later."""
+    """In inference nothing runs; in training 2 FLOPs an element and a mask of a byte each, kept for later."""
     if not call.flag("train"):
         return Cost(status=Status.FREE)
     count = call.output.numel

@@ -24,7 +24,7 @@ def average(call: Call) -> Cost:
     "aten.max_pool3d_with_indices",
 )
 def maximum(call: Call) -> Cost:
-    """A comparison per window element. The CUDA kernel writes int64 positions even when nobody asked for them."""
+    """A comparison per window element. CUDA kernels write int64 positions even when nobody asked for them."""
     out = call.output
     unasked = out.numel * _INDEX_BYTES if len(call.outputs) == 1 else 0
     return call.cost(vector=vector(out.dtype, out.numel * _window(call)), scratch_written=unasked)

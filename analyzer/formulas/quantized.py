@@ -11,7 +11,7 @@ from .arithmetic import multiply_adds, vector
 
 @formula("aten._int_mm")
 def int_mm(call: Call) -> Cost:
-    """int8 x int8 into int32."""
+    """Products of int8 by int8 into int32."""
     left = call.tensor("self")
     return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * left.shape[-1]))
 
@@ -44,7 +44,7 @@ def weight_int4(call: Call) -> Cost:
 
 @formula("aten._scaled_mm", "aten._scaled_mm_v2")
 def scaled_mm(call: Call) -> Cost:
-    """fp8 or fp4 operands with scales; an fp4 element of the shape holds two values. Scaling is 1 FLOP a result."""
+    """Scaled fp8 or fp4 operands (an fp4 element of the shape holds two values); 1 FLOP a result to scale."""
     left, out = call.tensor("self"), call.output
     packed = 2 if left.dtype == "float4_e2m1fn_x2" else 1
     bias = out.numel if call.optional("bias") else 0

@@ -24,7 +24,7 @@ _CELLS = {
 
 @formula("aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu")
 def layers(call: Call) -> Cost:
-    """A stack of recurrent layers over a sequence, padded or packed; results between layers are written and read."""
+    """Layers over a sequence, padded or packed; what passes between layers is written and read."""
     source = call.optional("input") or call.tensor("data")
     rows = source.numel // source.shape[-1] if source.numel else 0
     matrices = [t for t in call.tensors("params") if len(t.shape) == 2]

@@ -49,19 +49,19 @@ def bicubic(call: Call) -> Cost:
 
 @formula("aten._upsample_bilinear2d_aa")
 def bilinear_antialiased(call: Call) -> Cost:
-    """A triangle filter as wide as the reduction: 2 FLOPs a tap, of which there are 2 x the scale along each side."""
+    """A triangle filter as wide as the reduction: 2 FLOPs a tap, 2 x the scale taps along each side."""
     return _resampled(call, _antialiased(call, 1))
 
 
 @formula("aten._upsample_bicubic2d_aa")
 def bicubic_antialiased(call: Call) -> Cost:
-    """A cubic filter as wide as the reduction: 2 FLOPs a tap, of which there are 4 x the scale along each side."""
+    """A cubic filter as wide as the reduction: 2 FLOPs a tap, 4 x the scale taps along each side."""
     return _resampled(call, _antialiased(call, 2))
 
 
 @formula("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d", "aten.cudnn_grid_sampler")
 def grid_sampler(call: Call) -> Cost:
-    """Interpolation at given points: 2 FLOPs a tap and result (nearest: none), 4 a coordinate to find the taps."""
+    """Interpolation at given points: 2 FLOPs a tap and result (nearest: none), 4 a coordinate."""
     source, grid = call.optional("input") or call.tensor("self"), call.tensor("grid")
     ndim, out = grid.shape[-1], call.output
     taps = {0: 2**ndim, 1: 0, 2: 4**ndim}.get(call.integer("interpolation_mode", 0), 2**ndim)

@@ -14,7 +14,7 @@ from .arithmetic import reach, vector
 
 @formula("aten.sort", "aten.argsort", "aten.msort", "aten.mode")
 def sort(call: Call) -> Cost:
-    """n log2 n comparisons along one dimension."""
+    """A row of n takes n log2 n comparisons along one dimension."""
     source = call.tensor("self")
     dim = 0 if call.op.target.startswith("aten.msort") else call.integer("dim", -1)
     length = source.shape[dim] if source.shape else 1
@@ -50,7 +50,7 @@ def count(call: Call) -> Cost:
 
 @formula("aten.isin")
 def isin(call: Call) -> Cost:
-    """Every element against every test element when those are few, else both sorted together, as PyTorch chooses."""
+    """Each element against each test element when those are few, else both sorted: as PyTorch chooses."""
     elements = call.optional("elements")
     tests = call.optional("test_elements")
     n, m = (elements.numel if elements else 1), (tests.numel if tests else 1)

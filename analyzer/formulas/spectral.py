@@ -31,7 +31,7 @@ from .arithmetic import is_complex, item_bytes, vector, wrapped
     "aten._fft_c2r",
 )
 def fft(call: Call) -> Cost:
-    """Points of the larger side (the real one, of a half-complex transform) by the log of the length transformed."""
+    """Points of the larger side (the real one, if either is) by the log of the length transformed."""
     source, out = call.tensor("self"), call.output
     real = not (is_complex(source.dtype) and is_complex(out.dtype))
     dims = [wrapped(d, len(out.shape)) for d in _dims(call, out)]

@@ -1,0 +1,91 @@
+"""One ATen call on meta tensors as a Graph, without the tracer: schema names, storages and mutations as torch says."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxroof.analyzer.cost import Cost, bytes_by_role
+from fxroof.analyzer.graph import Arg, Graph, Op, Role, Storage, Tensor, TensorRef
+from fxroof.analyzer.pricing import price
+
+aten = torch.ops.aten
+
+
+class OneOp:
+    """Collects the tensors of one call; memory that exists before the call is input, the rest is output."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+        self.sizes: list[Storage] = []
+        self.tensors: dict[Tensor, int] = {}
+
+    def index(self, value: torch.Tensor, role: Role) -> int:
+        memory = value.untyped_storage()
+        if memory._cdata not in self.storages:
+            self.storages[memory._cdata] = len(self.sizes)
+            self.sizes.append(Storage(nbytes=memory.nbytes(), role=role, name=role))
+        tensor = Tensor(
+            storage=self.storages[memory._cdata],
+            dtype=str(value.dtype).removeprefix("torch."),
+            shape=tuple(value.shape),
+            stride=value.stride(),
+            offset=value.storage_offset(),
+        )
+        return self.tensors.setdefault(tensor, len(self.tensors))
+
+    def arg(self, value: Any) -> Arg:
+        if isinstance(value, torch.Tensor):
+            return TensorRef(tensor=self.index(value, Role.INPUT))
+        if isinstance(value, list | tuple):
+            return tuple(self.arg(v) for v in value)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        return str(value).removeprefix("torch.")
+
+
+def graph_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> Graph:
+    """The one-op graph of calling an ATen overload."""
+    seen = OneOp()
+    bound: dict[str, Arg] = {}
+    for position, parameter in enumerate(target._schema.arguments):
+        value = args[position] if position < len(args) else kwargs.get(parameter.name, parameter.default_value)
+        bound[parameter.name] = seen.arg(value)
+    mutates = tuple(a.name for a in target._schema.arguments if a.alias_info and a.alias_info.is_write)
+    result = target(*args, **kwargs)
+    outputs = tuple(seen.index(t, Role.OUTPUT) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+    op = Op(name="op", target=str(target), args=bound, outputs=outputs, mutates=mutates)
+    return Graph(
+        phase="forward", tokens=tokens, storages=tuple(seen.sizes), tensors=tuple(seen.tensors), ops=(op,)
+    )
+
+
+def cost_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> Cost:
+    """The cost of calling an ATen overload; no formula here asks for the GPU."""
+    (cost,) = price(graph_of(target, *args, tokens=tokens, **kwargs), None)  # type: ignore[arg-type]
+    return cost
+
+
+def traffic_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> tuple[int, int]:
+    """Bytes read and written, several views of one storage capped by it; the op's own buffers included."""
+    graph = graph_of(target, *args, tokens=tokens, **kwargs)
+    (cost,) = price(graph, None)  # type: ignore[arg-type]
+    totals = bytes_by_role(graph, cost).values()
+    return sum(read for read, _ in totals), sum(written for _, written in totals)
+
+
+def read_of(cost: Cost, graph: Graph, name: str) -> int:
+    """Bytes read of one argument."""
+    ref = graph.ops[0].args[name]
+    assert isinstance(ref, TensorRef)
+    return sum(a.read for a in cost.traffic if a.tensor == ref.tensor)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def as_numbers(cost: Cost) -> dict[str, Any]:
+    """A cost as plain numbers, for comparison of two costs whose tensors are numbered differently."""
+    return dataclasses.asdict(cost) | {"traffic": sorted((a.read, a.written) for a in cost.traffic)}
