@@ -89,7 +89,7 @@ def place(cost: Cost, bytes_read: int, bytes_written: int, gpu: Gpu) -> Placemen
     lanes = Lanes(
         tensor=tensor,
         vector=vector,
-        special=cost.special / gpu.special_per_second if gpu.special_per_second else 0.0,
+        special=cost.special / _special_rate(gpu) if gpu.special_per_second else 0.0,
         memory=total_bytes / gpu.memory_bandwidth,
     )
     seconds, bound = max(
@@ -109,6 +109,17 @@ def place(cost: Cost, bytes_read: int, bytes_written: int, gpu: Gpu) -> Placemen
         unrated=tuple(dict.fromkeys(unrated)),
         widened=widened,
     )
+
+
+_EMULATION_FLOPS = 12
+"""Vector FLOP slots of an exponential computed as a polynomial: range reduction and a cubic in 6 instructions."""
+
+
+def _special_rate(gpu: Gpu) -> float:
+    # kernels on Blackwell compute part of their exponentials on the FMA units beside the special-function units
+    # (FlashAttention-4), so the bound allows both everywhere
+    vector = gpu.vector_rate("float32")
+    return (gpu.special_per_second or 0.0) + (vector.flops_per_second / _EMULATION_FLOPS if vector else 0.0)
 
 
 def _ridge(cost: Cost, gpu: Gpu) -> float | None:

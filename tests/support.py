@@ -1,6 +1,8 @@
 """What several tests need: the models the tool must run on, traced once a session."""
 
 import functools
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +41,7 @@ TARGETS = {
     "llama-3.1-405b": str(CONFIGS / "llama-3.1-405b"),
 }
 TOKEN_MODELS = tuple(n for n in TARGETS if not n.startswith(("vit", "resnet")))
-LARGE = ("llama-3-70b", "llama-3.1-405b", "qwen3-30b-a3b")
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,21 @@ class Traced:
         return next(p for p in self.workload.programs if p.phase == phase)
 
 
+LAYERS = 4
+"""Layers that published configs are cut to in most tests: every layer is the same program."""
+
+
 @functools.lru_cache(maxsize=None)
-def traced(name: str, scenario: Scenario = SHORT) -> Traced:
-    model = load(TARGETS[name])
+def traced(name: str, scenario: Scenario = SHORT, *, whole: bool = False) -> Traced:
+    """A model with its graphs; transformers configs cut to a few layers unless the `whole` is asked for."""
+    target = TARGETS[name]
+    if Path(target).is_dir() and not whole:
+        config = json.loads((Path(target) / "config.json").read_text())
+        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = LAYERS
+        target = str(Path(tempfile.mkdtemp()) / name)
+        Path(target).mkdir()
+        (Path(target) / "config.json").write_text(json.dumps(config))
+    model = load(target)
     workload = plan(model, scenario)
     return Traced(model, workload, {p.phase: trace_program(p) for p in workload.programs})
 

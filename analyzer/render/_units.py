@@ -68,7 +68,7 @@ def percent(share: float) -> str:
         return "<0.01%"
     if value >= 99.95:
         return f"{value:.0f}%"
-    return f"{value:.1f}%" if value >= 1 or value == 0 else f"{value:.2f}%"
+    return "0%" if value == 0 else f"{value:.1f}%" if value >= 1 else f"{value:.2f}%"
 
 
 def ratio(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import LARGE, TARGETS, traced
+from support import TARGETS, traced
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxroof.analyzer.analysis import analyze_phase
@@ -19,7 +19,7 @@ def counted(name: str, phase: str) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", [n for n in TARGETS if n not in ("llama_reference", *LARGE)])
+@pytest.mark.parametrize("name", [n for n in TARGETS if n != "llama_reference"])
 def test_matmul_flops_equal_pytorchs_counter(name: str) -> None:
     for phase, graph in traced(name).graphs.items():
         analysis, costs = analyze_phase(graph, H100)
@@ -33,8 +33,6 @@ def test_matmul_flops_equal_pytorchs_counter(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_op_is_priced_or_proved_free(name: str) -> None:
-    if name in LARGE and name != "qwen3-30b-a3b":
-        pytest.skip("same ops as the smaller sibling")
     for graph in traced(name).graphs.values():
         analysis, _ = analyze_phase(graph, H100)
         assert not {op.target for op in analysis.ops if op.status == "unpriced"}

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import LARGE, TARGETS, TOKEN_MODELS, traced
+from support import LAYERS, TARGETS, TOKEN_MODELS, traced
 
 from fxroof.analyzer.graph import Graph, TensorRef
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
-EAGER_ON_META = [n for n in TARGETS if n not in ("llama_reference", *LARGE)]
+EAGER_ON_META = [n for n in TARGETS if n not in ("llama_reference",)]
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def test_attention_in_the_graph_is_the_attention_that_runs(name: str) -> None:
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_transformers_run_without_mask_and_without_repeated_heads(phase: str) -> None:
     calls = _attention_in(traced("llama-3-8b").graphs[phase])
-    assert len(calls) == 32
+    assert len(calls) == LAYERS
     for call in calls:
         assert call["mask"] is None
         assert call["enable_gqa"]
@@ -93,7 +93,7 @@ def test_transformers_run_without_mask_and_without_repeated_heads(phase: str) ->
 def test_decode_reads_a_cache_of_the_mean_context() -> None:
     graph = traced("llama-3-8b").graphs["decode"]
     cache = [graph.tensors[i] for i in graph.inputs if graph.role(i).value == "kv_cache"]
-    assert len(cache) == 64
+    assert len(cache) == 2 * LAYERS
     assert {t.shape for t in cache} == {(2, 8, 96 + 32 // 2, 128)}
 
 
@@ -121,8 +121,6 @@ def test_tied_weights_are_one_storage() -> None:
 
 @pytest.mark.parametrize("name", TOKEN_MODELS)
 def test_every_op_has_a_line_and_the_users_own_comes_first(name: str) -> None:
-    if name in LARGE:
-        pytest.skip("same code as the smaller sibling")
     library = "-" in name or name == "gpt2"
     for graph in traced(name).graphs.values():
         for op in graph.ops:
