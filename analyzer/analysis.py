@@ -120,6 +120,7 @@ class PhaseAnalysis:
         floor: what the floor is made of.
         intensity: executed FLOPs per byte over the phase.
         ridge: that of the dtype with most matmul work.
+        matmul_path: unit and dtype whose peak makes that ridge, such as `tensor bfloat16`; empty where there is none.
         bound: class that most of the time is spent in.
         bound_share: share of the bound's time by class.
         mfu: share of the matmul peak reached when running at the bound.
@@ -142,6 +143,7 @@ class PhaseAnalysis:
     mbu: float
     tokens_per_second: float
     ops: tuple[OpAnalysis, ...]
+    matmul_path: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +235,7 @@ def _phase(
         for dtype, flops in cost.matmul.items():
             matmuls[dtype, cost.tf32] += flops  # type: ignore[assignment]  # Counter counts FLOPs here
     main = max(matmuls, key=lambda key: matmuls[key], default=None)
+    rate = gpu.matmul_rate(main[0], tf32=main[1]) if main else None
     return PhaseAnalysis(
         name=graph.phase,
         tokens=graph.tokens,
@@ -251,7 +254,8 @@ def _phase(
         ),
         floor=least,
         intensity=(executed + vector) / total if total else 0.0,
-        ridge=gpu.ridge(main[0], tf32=main[1]) if main else None,
+        ridge=rate.flops_per_second / gpu.memory_bandwidth if rate else None,
+        matmul_path=f"{rate.unit} {rate.dtype}" if rate else "",
         bound=Bound(max(shares, key=lambda key: shares[key], default="free")) if bound else Bound.FREE,
         bound_share={key: value / bound for key, value in sorted(shares.items()) if value} if bound else {},
         mfu=least.compute_seconds / bound if bound else 0.0,

@@ -193,13 +193,13 @@ class Graph:
         return all(self.tensors[i].storage in homes for i in op.outputs)
 
 
-def dataflow(graph: Graph) -> nx.DiGraph:
+def dataflow(graph: Graph) -> "nx.DiGraph[int]":
     """The order that data imposes on the ops.
 
     Nodes are indices into `graph.ops`. An edge u -> v with `storage=s` says that v reads what u last wrote into
     storage s; views hand on their base's storage, so data is followed through them without extra edges.
     """
-    digraph = nx.DiGraph()
+    digraph: nx.DiGraph[int] = nx.DiGraph()
     writer: dict[int, int] = {}
     for index, op in enumerate(graph.ops):
         digraph.add_node(index)

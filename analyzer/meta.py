@@ -139,7 +139,8 @@ def on_meta(module: nn.Module, *, owned: bool = False) -> nn.Module:
     if not owned:
         return copy.deepcopy(module, dict(memo))
     for child in module.modules():
-        for store in (child._parameters, child._buffers, vars(child)):
+        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers, vars(child))
+        for store in stores:
             for name, value in list(store.items()):
                 if isinstance(value, torch.Tensor) and id(value) in memo:
                     store[name] = memo[id(value)]
@@ -190,7 +191,10 @@ def _without_device(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, A
     kwargs.pop("device", None)
     kwargs.pop("non_blocking", None)
     rest = list(args[1:])
-    if rest and (isinstance(rest[0], str | torch.device) or (isinstance(rest[0], int) and not isinstance(rest[0], bool))):
+    if rest and (
+        isinstance(rest[0], str | torch.device)
+        or (isinstance(rest[0], int) and not isinstance(rest[0], bool))
+    ):
         del rest[0]
     if rest and isinstance(rest[0], torch.Tensor):
         rest[0] = rest[0].dtype  # `.to(other)` takes other's device too, and all are on one
@@ -297,14 +301,14 @@ def _patched_autocast(mode: _Redirect) -> Iterator[None]:
 def _as_run() -> Iterator[None]:
     names = ("is_exporting", "is_compiling", "is_dynamo_compiling")
     saved = {name: getattr(torch.compiler, name) for name in names}
-    frames = TracerBase._filter_traceback_frames
+    frames = getattr(TracerBase, _FILTER)
     for name in names:
         setattr(torch.compiler, name, lambda: False)
-    TracerBase._filter_traceback_frames = _frames_below_forward  # type: ignore[method-assign]  # put back below
+    setattr(TracerBase, _FILTER, _frames_below_forward)
     try:
         yield
     finally:
-        TracerBase._filter_traceback_frames = frames  # type: ignore[method-assign]  # as it was
+        setattr(TracerBase, _FILTER, frames)
         for name, value in saved.items():
             setattr(torch.compiler, name, value)
 
@@ -316,6 +320,7 @@ def _frames_below_forward(_: TracerBase, stack: traceback.StackSummary) -> trace
 
 
 _TORCH = str(Path(torch.__file__).parent)
+_FILTER = "_filter_traceback_frames"
 
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -330,7 +335,11 @@ def _meta_like(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) 
         made: torch.Tensor = tensor.to("meta")  # a subclass knows how its parts move
     else:
         source = tensor.untyped_storage()
-        home = storages.setdefault(source._cdata, torch.UntypedStorage(source.nbytes(), device="meta"))
+        if source._cdata not in storages:
+            storages[source._cdata] = torch.empty(
+                source.nbytes(), dtype=torch.uint8, device="meta"
+            ).untyped_storage()
+        home = storages[source._cdata]
         made = torch.empty(0, dtype=tensor.dtype, device="meta").set_(
             home, tensor.storage_offset(), tensor.size(), tensor.stride()
         )

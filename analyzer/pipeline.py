@@ -1,7 +1,9 @@
-"""The public call: a model, GPUs and a scenario -> a Report. torch is imported only when there is something to trace."""
+"""The public call: a model, GPUs and a scenario -> a Report. torch is imported only when there is a model to trace."""
 
+import contextlib
+import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..hardware.catalog import CATALOG_VERSION, Resolved
@@ -15,6 +17,8 @@ from .scenario import Scenario
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from .load import Model
 
 LEAST_COVERAGE = 0.9
 """Share of ops below which totals mean nothing and the analysis is refused."""
@@ -47,49 +51,82 @@ def analyze(
         FxroofError: the model cannot be loaded, traced or priced.
         CatalogError: a GPU is unknown.
     """
-    resolved = [load_gpu(name) for name in gpus]  # before the slow part: a typing error should not cost a trace
+    resolved = [
+        load_gpu(name) for name in gpus
+    ]  # before the slow part: a typing error should not cost a trace
     progress("importing torch")
-    import torch
-
     from .load import from_module, load
-    from .trace import trace
-    from .workload import plan
 
     progress("building the model on the meta device")
-    loaded = load(model, dtype=dtype, attention=attention) if isinstance(model, str) else from_module(model, dtype=dtype)
-    workload = plan(loaded, scenario or Scenario(), phase)
-    graphs: dict[str, Graph] = {}
-    for program in workload.programs:
-        progress(f"tracing {program.phase}")
-        graphs[program.phase] = trace(
-            program.module,
-            program.args,
-            phase=program.phase,
-            tokens=program.tokens,
-            cache_fill=program.cache_fill,
-            cache=program.cache,
-            prefix=program.prefix,
-        )
-    dtypes: Counter[str] = Counter()
-    for parameter in loaded.module.parameters():
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    info = ModelInfo(
-        name=loaded.name,
-        source=loaded.source,
-        parameters=loaded.parameters,
-        parameter_bytes=loaded.parameter_bytes,
-        dtypes=dict(dtypes.most_common()),
-        cache_kind=workload.cache_kind,
-        notes=(*loaded.notes, *workload.notes),
+    loaded = (
+        load(model, dtype=dtype, attention=attention)
+        if isinstance(model, str)
+        else from_module(model, dtype=dtype)
     )
-    progress("pricing")
-    return _report(info, graphs, workload.scenario, resolved, str(torch.__version__))
+    return _traced(loaded, resolved, scenario or Scenario(), phase, progress)
+
+
+def analyze_model(
+    model: "Model", *, gpus: Sequence[str], scenario: Scenario | None = None, phase: str = "all"
+) -> Report:
+    """As `analyze`, for a model that is already loaded."""
+    return _traced(model, [load_gpu(name) for name in gpus], scenario or Scenario(), phase, lambda _: None)
 
 
 def reprice(report: Report, *, gpus: Sequence[str]) -> Report:
     """The same graphs on other GPUs; needs no torch. Errors as `analyze`."""
     resolved = [load_gpu(name) for name in gpus]
     return _report(report.model, report.graphs, report.scenario, resolved, report.torch_version)
+
+
+def _traced(
+    model: "Model", resolved: Sequence[Resolved], scenario: Scenario, phase: str, progress: Progress
+) -> Report:
+    import torch
+
+    from .trace import trace
+    from .workload import plan
+
+    graphs: dict[str, Graph] = {}
+    with _without_collection():
+        workload = plan(model, scenario, phase)
+        for program in workload.programs:
+            progress(f"tracing {program.phase}")
+            graphs[program.phase] = trace(
+                program.module,
+                program.args,
+                phase=program.phase,
+                tokens=program.tokens,
+                cache_fill=program.cache_fill,
+                cache=program.cache,
+                prefix=program.prefix,
+            )
+    dtypes: Counter[str] = Counter()
+    for parameter in model.module.parameters():
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    info = ModelInfo(
+        name=model.name,
+        source=model.source,
+        parameters=model.parameters,
+        parameter_bytes=model.parameter_bytes,
+        dtypes=dict(dtypes.most_common()),
+        cache_kind=workload.cache_kind,
+        notes=(*model.notes, *workload.notes),
+    )
+    progress("pricing")
+    return _report(info, graphs, workload.scenario, resolved, str(torch.__version__))
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    # a trace allocates millions of objects that all live to its end: looking for garbage among them costs a tenth
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _report(
@@ -146,7 +183,9 @@ def _refuse_if_uncovered(covered: Coverage) -> None:
 
 
 def _assumptions(
-    graphs: Mapping[str, Graph], analysed: Sequence[tuple[PhaseAnalysis, tuple[Cost, ...]]], resolved: Resolved
+    graphs: Mapping[str, Graph],
+    analysed: Sequence[tuple[PhaseAnalysis, tuple[Cost, ...]]],
+    resolved: Resolved,
 ) -> Iterable[str]:
     gpu = resolved.gpu
     yield "times are bounds from vendor peaks (dense); no launch overhead, no achieved-fraction derating"
@@ -169,11 +208,17 @@ def _assumptions(
         )
     if any(op.note and "published rate" in op.note for phase, _ in analysed for op in phase.ops):
         yield "some dtypes have no published rate on this part; their arithmetic is left out of the bound"
-    widened = {n for phase, _ in analysed for op in phase.ops for n in op.note.split("; ") if "computed as" in n}
+    widened = {
+        n for phase, _ in analysed for op in phase.ops for n in op.note.split("; ") if "computed as" in n
+    }
     yield from sorted(widened)
     if gpu.memory_usable_is_estimate:
         yield "usable memory is estimated from the label"
-    if any(operator_name(o.target) == "aten.cat" and _grows_cache(g, o.outputs) for g in graphs.values() for o in g.ops):
+    if any(
+        operator_name(o.target) == "aten.cat" and _grows_cache(g, o.outputs)
+        for g in graphs.values()
+        for o in g.ops
+    ):
         yield "the KV cache grows by concatenation: each step reads and writes all of it"
 
 

@@ -41,7 +41,7 @@ class GpuInfo:
         name: product name.
         note: how the name asked for was understood.
         memory_bandwidth: byte/s.
-        memory_bytes: usable device memory.
+        memory_bytes: usable device memory; None where the file of a user's own part gives none.
         cache_bytes: on-chip cache that can keep data from step to step.
         matmul_peaks: FLOP/s by dtype, dense, those the part has.
         ridges: FLOP/byte by dtype.
@@ -52,7 +52,7 @@ class GpuInfo:
     name: str
     note: str
     memory_bandwidth: float
-    memory_bytes: int
+    memory_bytes: int | None
     cache_bytes: int
     matmul_peaks: dict[str, float]
     ridges: dict[str, float]

@@ -116,7 +116,7 @@ class _Builder:
     def build(self, phase: str, tokens: int, cache_fill: float) -> Graph:
         env: dict[fx.Node, Any] = {}
         inputs = self._place_inputs(env)
-        with tracing():
+        with torch.no_grad():
             returned = self._run(self.program.graph_module, env)
         outputs = self._outputs(returned)
         carried = self._outputs(self._carried(returned))
@@ -151,8 +151,12 @@ class _Builder:
                 value = program.state_dict.get(target, program.constants.get(target))
                 env[node] = _as_meta(value)
                 if isinstance(env[node], torch.Tensor):
-                    weight = spec.kind == kinds.PARAMETER or (spec.kind == kinds.BUFFER and bool(spec.persistent))
-                    self._tensor(env[node], self._unprefixed(target), Role.WEIGHT if weight else Role.CONSTANT)
+                    weight = spec.kind == kinds.PARAMETER or (
+                        spec.kind == kinds.BUFFER and bool(spec.persistent)
+                    )
+                    self._tensor(
+                        env[node], self._unprefixed(target), Role.WEIGHT if weight else Role.CONSTANT
+                    )
         return inputs
 
     def _run(self, graph_module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
@@ -201,7 +205,9 @@ class _Builder:
         self._add(node, f"higher_order.{name}", {"args": tuple(self._ref(t) for t in flat)}, (), result)
         return result
 
-    def _record(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> None:
+    def _record(
+        self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any
+    ) -> None:
         bound: dict[str, Arg] = {}
         writes: list[str] = []
         for position, parameter in enumerate(target._schema.arguments):
@@ -232,7 +238,9 @@ class _Builder:
                 module_type=(kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1],
                 args=args,
                 outputs=tuple(
-                    self._tensor(t, node.name) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)
+                    self._tensor(t, node.name)
+                    for t in pytree.tree_leaves(result)
+                    if isinstance(t, torch.Tensor)
                 ),
                 mutates=mutates,
                 span=span,
@@ -267,7 +275,9 @@ class _Builder:
         return self.tensors.setdefault(tensor, len(self.tensors))
 
     def _outputs(self, returned: Any) -> tuple[int, ...]:
-        return tuple(self._tensor(t, "output") for t in pytree.tree_leaves(returned) if isinstance(t, torch.Tensor))
+        return tuple(
+            self._tensor(t, "output") for t in pytree.tree_leaves(returned) if isinstance(t, torch.Tensor)
+        )
 
     def _carried(self, returned: Any) -> Any:
         spec = self.program.call_spec.out_spec
@@ -281,7 +291,9 @@ class _Builder:
         written = {tensors[i].storage for op in self.ops for i in graph.mutated(op)}
         returned = {tensors[i].storage for i in outputs}
         kept = {tensors[i].storage for i in carried}
-        floating = {t.storage for t in tensors if t.dtype.startswith(("float", "bfloat")) and len(t.shape) > 1}
+        floating = {
+            t.storage for t in tensors if t.dtype.startswith(("float", "bfloat")) and len(t.shape) > 1
+        }
         storages = []
         for index, (nbytes, role, name) in enumerate(self.roles):
             final = role
@@ -323,7 +335,7 @@ def _described(value: torch.Tensor, storage: int = 0) -> Tensor:
         dtype=str(value.dtype).removeprefix("torch."),
         shape=tuple(value.shape),
         stride=value.stride(),
-        offset=value.storage_offset(),
+        offset=int(value.storage_offset()),
     )
 
 
@@ -395,7 +407,10 @@ def explained(error: Exception) -> TraceError:
             "A tensor's value (.item(), .tolist(), `if tensor:`) is unknown without running the model; "
             "write that line with tensor operations such as torch.where.",
         )
-    return TraceError(f"torch.export could not trace the model{place}: {kind}: {reason}", "Run with --debug for the whole error.")
+    return TraceError(
+        f"torch.export could not trace the model{place}: {kind}: {reason}",
+        "Run with --debug for the whole error.",
+    )
 
 
 def _user_frame(error: BaseException) -> str:
@@ -407,10 +422,10 @@ def _user_frame(error: BaseException) -> str:
         step = cause.__traceback__
         while step is not None:
             file = step.tb_frame.f_code.co_filename
-            if not file.startswith((_TORCH, _OURS, "<", sys.prefix + "/bin")) and not file.startswith(_STDLIB):
+            if not file.startswith((_TORCH, _OURS, "<", sys.prefix + "/bin")) and not file.startswith(
+                _STDLIB
+            ):
                 innermost = f"{_shown_path(file)[0]}:{step.tb_lineno}"
             step = step.tb_next
         cause = cause.__cause__ or cause.__context__
     return innermost
-
-

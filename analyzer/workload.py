@@ -80,7 +80,11 @@ def plan(model: Model, scenario: Scenario, phase: str = "all") -> Workload:
         return _from_hook(model, scenario, phase)
     arguments = _forward_arguments(model.module)
     if not _takes_tokens(model.module, arguments):
-        _require(phase in ("all", "forward"), f"{model.name} takes no tokens: it has no {phase} phase.", "Use --phase forward.")
+        _require(
+            phase in ("all", "forward"),
+            f"{model.name} takes no tokens: it has no {phase} phase.",
+            "Use --phase forward.",
+        )
         return _plain_forward(model, scenario, arguments)
     scenario, notes = _fitted(model, scenario)
     names = tuple(arguments)
@@ -88,8 +92,10 @@ def plan(model: Model, scenario: Scenario, phase: str = "all") -> Workload:
         workload = _own_cache_by_position(model, scenario, phase)
     elif "start_pos" in names:
         workload = _own_cache_by_start(model, scenario, phase)
-    elif _returns_cache(model, names, scenario):
-        workload = _passed_cache(model, scenario, phase, names)
+    elif (argument := next((n for n in names if n in CACHE_ARGUMENTS), None)) and tensors_in(
+        template := _cache_after(model, scenario, argument, _fixed_arguments(names))
+    ):
+        workload = _passed_cache(model, scenario, phase, names, argument, template)
     else:
         workload = _no_cache(model, scenario, phase, arguments)
     return Workload(
@@ -160,9 +166,10 @@ def refilled(template: Any, tensors: Sequence[torch.Tensor]) -> Any:
     return copy.deepcopy(template, memo)
 
 
-def _passed_cache(model: Model, scenario: Scenario, phase: str, names: Sequence[str]) -> Workload:
+def _passed_cache(
+    model: Model, scenario: Scenario, phase: str, names: Sequence[str], argument: str, template: Any
+) -> Workload:
     """Models that take and return their cache, transformers' among them."""
-    argument = next(n for n in names if n in CACHE_ARGUMENTS)
     fixed = _fixed_arguments(names)
     programs = []
     if phase in ("all", "prefill"):
@@ -175,8 +182,10 @@ def _passed_cache(model: Model, scenario: Scenario, phase: str, names: Sequence[
             )
         )
     if phase in ("all", "decode"):
-        template = _cache_after(model, scenario, scenario.context_len, argument, fixed)
-        cache = tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors_in(template))
+        cache = tuple(
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+            for t in tensors_in(template)
+        )
         programs.append(
             Program(
                 phase="decode",
@@ -236,7 +245,9 @@ def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workloa
     return Workload(programs=tuple(programs), scenario=scenario, cache_kind="owned by the model")
 
 
-def _no_cache(model: Model, scenario: Scenario, phase: str, arguments: Mapping[str, inspect.Parameter]) -> Workload:
+def _no_cache(
+    model: Model, scenario: Scenario, phase: str, arguments: Mapping[str, inspect.Parameter]
+) -> Workload:
     """Models without a cache: a decode step is a forward over the whole prefix."""
     wanted = [n for n, p in list(arguments.items())[1:] if p.default is inspect.Parameter.empty]
     _require(not wanted, _unknown_inputs(model, arguments), _HOOK)
@@ -287,7 +298,13 @@ def _from_hook(model: Model, scenario: Scenario, phase: str) -> Workload:
         if given is None:
             continue
         names = tuple(given) if isinstance(given, Mapping) else ()
-        values = tuple(given.values()) if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
+        values = (
+            tuple(given.values())
+            if isinstance(given, Mapping)
+            else given
+            if isinstance(given, tuple)
+            else (given,)
+        )
         values = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), values)
         length = {"prefill": scenario.input_len, "decode": 1, "forward": 0}[name]
         programs.append(
@@ -309,18 +326,11 @@ _HOOK = (
 )
 
 
-def _returns_cache(model: Model, names: Sequence[str], scenario: Scenario) -> bool:
-    argument = next((n for n in names if n in CACHE_ARGUMENTS), None)
-    if argument is None:
-        return False
-    return bool(tensors_in(_cache_after(model, scenario, min(scenario.context_len, 8), argument, _fixed_arguments(names))))
-
-
-def _cache_after(model: Model, scenario: Scenario, length: int, argument: str, fixed: Mapping[str, Any]) -> Any:
-    """The cache that the model returns for a prompt of `length` tokens: run on meta, so shapes are all it costs."""
+def _cache_after(model: Model, scenario: Scenario, argument: str, fixed: Mapping[str, Any]) -> Any:
+    """The cache that the model returns for a prompt of the mean context: run on meta, so shapes are all it costs."""
     with tracing(), contextlib.redirect_stdout(sys.stderr):
         try:
-            result = model.module(_tokens(scenario.batch_size, length), **fixed)
+            result = model.module(_tokens(scenario.batch_size, scenario.context_len), **fixed)
         except Exception as error:
             raise explained(error) from error
     return returned_cache(result, argument)
@@ -345,7 +355,10 @@ def _fitted(model: Model, scenario: Scenario) -> tuple[Scenario, list[str]]:
         return scenario, [f"input and output exceed the model's own limit of {limit} positions"]
     output_len = min(scenario.output_len, max(1, limit // 4))
     fitted = Scenario(
-        batch_size=scenario.batch_size, input_len=limit - output_len, output_len=output_len, name=scenario.name
+        batch_size=scenario.batch_size,
+        input_len=limit - output_len,
+        output_len=output_len,
+        name=scenario.name,
     )
     return fitted, [
         f"the model has {limit} positions: lengths reduced to input {fitted.input_len}, output {output_len}"
@@ -438,7 +451,9 @@ def _collect(value: Any, found: dict[int, torch.Tensor], seen: set[int]) -> None
     if isinstance(value, torch.Tensor):
         found.setdefault(id(value), value)
         return
-    if id(value) in seen or isinstance(value, nn.Module | type | str | bytes | int | float | torch.dtype | torch.device):
+    if id(value) in seen or isinstance(
+        value, nn.Module | type | str | bytes | int | float | torch.dtype | torch.device
+    ):
         return
     seen.add(id(value))
     if isinstance(value, Mapping):
@@ -450,5 +465,3 @@ def _collect(value: Any, found: dict[int, torch.Tensor], seen: set[int]) -> None
     elif hasattr(value, "__dict__") and not callable(value):
         for item in vars(value).values():
             _collect(item, found, seen)
-
-

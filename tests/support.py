@@ -43,7 +43,6 @@ TARGETS = {
 TOKEN_MODELS = tuple(n for n in TARGETS if not n.startswith(("vit", "resnet")))
 
 
-
 @dataclass(frozen=True, slots=True)
 class Traced:
     """A model, its programs and its graphs by phase."""
@@ -60,7 +59,7 @@ LAYERS = 4
 """Layers that published configs are cut to in most tests: every layer is the same program."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def traced(name: str, scenario: Scenario = SHORT, *, whole: bool = False) -> Traced:
     """A model with its graphs; transformers configs cut to a few layers unless the `whole` is asked for."""
     target = TARGETS[name]

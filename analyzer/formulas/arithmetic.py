@@ -1,6 +1,7 @@
 """Which dtype work is done in, and how much memory a tensor reaches: shared by the formulas."""
 
 from collections.abc import Iterable
+from itertools import zip_longest
 
 from ..cost import Call
 from ..graph import ITEM_BITS, Tensor
@@ -42,6 +43,12 @@ def promoted(tensors: Iterable[Tensor]) -> str:
 def _rank(dtype: str) -> tuple[int, int]:
     kind = 3 if is_complex(dtype) else 2 if "float" in dtype else 0 if dtype == "bool" else 1
     return kind, ITEM_BITS[dtype]
+
+
+def broadcast(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """The shape that tensors of these shapes broadcast to."""
+    columns = zip_longest(*(reversed(t.shape) for t in tensors), fillvalue=1)
+    return tuple(0 if 0 in sizes else max(sizes) for sizes in columns)[::-1]
 
 
 def item_bytes(tensor: Tensor) -> int:

@@ -2,15 +2,15 @@
 
 Multiply-adds are result positions x filter size x input channels of a group, zeros of the padding included;
 for a transposed convolution every input position meets every filter element instead. This is the count of
-torch.utils.flop_counter. A bias is one vector FLOP per result element. cuDNN rounds float32 operands to TF32
-by default (torch.backends.cudnn.allow_tf32).
+torch.utils.flop_counter. A complex convolution is three real ones. A bias is one vector FLOP per result
+element. cuDNN rounds float32 operands to TF32 by default (torch.backends.cudnn.allow_tf32).
 """
 
 from math import prod
 
 from ..cost import Call, Cost, formula
 from ..graph import Tensor
-from .arithmetic import multiply_adds, reach, vector
+from .arithmetic import is_complex, multiply_adds, reach, vector
 
 
 @formula(
@@ -34,7 +34,7 @@ def convolution(call: Call) -> Cost:
     source, weight, out = _source(call), call.tensor("weight"), call.output
     relu = out.numel * sum(word in call.op.target for word in ("_relu", "_add_relu"))
     return call.cost(
-        matmul=multiply_adds(source.dtype, out.numel * prod(weight.shape[1:])),
+        matmul=_products(source, out.numel * prod(weight.shape[1:])),
         vector=vector(out.dtype, (out.numel if call.optional("bias") else 0) + relu),
         reads={_source_name(call): reach(call, source, _elements_met(source, weight, out))},
         tf32=source.dtype == "float32",
@@ -51,7 +51,7 @@ def conv_transpose(call: Call) -> Cost:
     """A transposed convolution: input elements x filter size x output channels of a group."""
     source, weight, out = _source(call), call.tensor("weight"), call.output
     return call.cost(
-        matmul=multiply_adds(source.dtype, source.numel * prod(weight.shape[1:])),
+        matmul=_products(source, source.numel * prod(weight.shape[1:])),
         vector=vector(out.dtype, out.numel if call.optional("bias") else 0),
         tf32=source.dtype == "float32",
     )
@@ -63,10 +63,14 @@ def conv_tbc(call: Call) -> Cost:
     source, out = call.tensor("self"), call.output
     width, channels, _ = call.tensor("weight").shape
     return call.cost(
-        matmul=multiply_adds(source.dtype, out.numel * width * channels),
+        matmul=_products(source, out.numel * width * channels),
         vector=vector(out.dtype, out.numel),
         tf32=source.dtype == "float32",
     )
+
+
+def _products(source: Tensor, count: int) -> dict[str, float]:
+    return multiply_adds(source.dtype, count * 3 / 4 if is_complex(source.dtype) else count)
 
 
 def _source_name(call: Call) -> str:

@@ -6,12 +6,11 @@ Indices are read. Which rows are hit is not known without data, so repeated indi
 the table.
 """
 
-from itertools import zip_longest
 from math import prod
 
 from ..cost import Call, Cost, formula
 from ..graph import Tensor, TensorRef
-from .arithmetic import item_bytes, reach, vector
+from .arithmetic import broadcast, item_bytes, reach, vector
 
 
 @formula("aten.embedding")
@@ -133,7 +132,6 @@ def _scatter(
 
 def _selected(target: Tensor, picks: list[Tensor | None]) -> int:
     """Elements that integer indices select: their broadcast shape times the dimensions left alone."""
-    given = [p for p in picks if p is not None]
-    broadcast = prod(max(sizes) for sizes in zip_longest(*(reversed(p.shape) for p in given), fillvalue=1))
+    picked = prod(broadcast(p for p in picks if p is not None))
     indexed = {d for d, p in enumerate(picks) if p is not None}
-    return broadcast * prod(size for d, size in enumerate(target.shape) if d not in indexed)
+    return picked * prod(size for d, size in enumerate(target.shape) if d not in indexed)

@@ -1,15 +1,16 @@
 """Losses: work per element of the prediction, and one addition more when they are summed."""
 
 from functools import partial
+from math import prod
 
 from ..cost import Call, Cost, formula
-from .arithmetic import item_bytes, vector
+from .arithmetic import broadcast, item_bytes, vector
 
 _NONE = 0
 
 
 def _loss(call: Call, flops: float, special: float = 0.0) -> Cost:
-    count = max(t.numel for t in call.inputs)
+    count = prod(broadcast(call.inputs))
     summed = call.integer("reduction", 1) != _NONE
     return call.cost(vector=vector(call.output.dtype, count * (flops + summed)), special=special * count)
 
@@ -21,9 +22,7 @@ formula("aten.binary_cross_entropy_with_logits")(partial(_loss, flops=7, special
 formula("aten.kl_div")(partial(_loss, flops=2, special=1))
 
 
-@formula(
-    "aten.nll_loss", "aten.nll_loss_nd", "aten.nll_loss2d", "aten.nll_loss_forward", "aten.nll_loss2d_forward"
-)
+@formula("aten.nll_loss", "aten.nll_loss_nd", "aten.nll_loss2d", "aten.nll_loss_forward", "aten.nll_loss2d_forward")
 def nll_loss(call: Call) -> Cost:
     """One log-probability a target is read, negated and added."""
     targets = call.tensor("target").numel

@@ -11,7 +11,7 @@ from math import prod
 
 from ..cost import Call, Cost, formula, unpriced
 from ..graph import Tensor
-from .arithmetic import is_complex, item_bytes, multiply_adds, number, vector
+from .arithmetic import broadcast, is_complex, item_bytes, multiply_adds, number, vector
 
 
 @formula("aten.linear")
@@ -19,9 +19,7 @@ def linear(call: Call) -> Cost:
     """The product input @ weight.T, plus bias: result elements x in_features multiply-adds."""
     source, out = call.tensor("input"), call.output
     bias = out.numel if call.optional("bias") else 0
-    return call.cost(
-        matmul=multiply_adds(source.dtype, out.numel * source.shape[-1]), vector=vector(out.dtype, bias)
-    )
+    return call.cost(matmul=multiply_adds(source.dtype, out.numel * source.shape[-1]), vector=vector(out.dtype, bias))
 
 
 @formula(
@@ -69,7 +67,7 @@ def addbmm(call: Call) -> Cost:
     return _accumulated(call, "batch1", call.output.numel * call.tensor("batch1").shape[0])
 
 
-@formula("aten.outer", "aten.ger", "aten.kron", "aten.linalg_outer")
+@formula("aten.outer", "aten.ger", "aten.kron")
 def outer(call: Call) -> Cost:
     """Nothing is contracted: one multiplication per result element, on vector units."""
     out = call.output
@@ -97,9 +95,7 @@ def tensordot(call: Call) -> Cost:
 def vecdot(call: Call) -> Cost:
     """Dot products along one dimension of the broadcast operands."""
     left, right = call.tensor("x"), call.tensor("y")
-    dim = call.integer("dim", -1)
-    inner = max(left.shape[dim], right.shape[dim])
-    return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * inner))
+    return call.cost(matmul=multiply_adds(left.dtype, prod(broadcast([left, right]))))
 
 
 @formula("aten.linalg_multi_dot", "aten.chain_matmul")
@@ -113,25 +109,34 @@ def multi_dot(call: Call) -> Cost:
         shapes[-1] = (*shapes[-1], 1)
     sizes = [shapes[0][0], *(s[1] for s in shapes)]
     count = len(chain)
-    best = {
-        (i, i): (0, 0) for i in range(count)
-    }  # multiply-adds and elements of intermediates, first to last
+    best = {(i, i): (0, 0) for i in range(count)}  # multiply-adds and elements of intermediates, first to last
     for length in range(1, count):
         for first in range(count - length):
             last = first + length
             best[first, last] = min(
                 (
-                    best[first, cut][0]
-                    + best[cut + 1, last][0]
-                    + sizes[first] * sizes[cut + 1] * sizes[last + 1],
+                    best[first, cut][0] + best[cut + 1, last][0] + sizes[first] * sizes[cut + 1] * sizes[last + 1],
                     best[first, cut][1] + best[cut + 1, last][1] + sizes[first] * sizes[last + 1],
                 )
                 for cut in range(first, last)
             )
     work, elements = best[0, count - 1]
     between = max(elements - sizes[0] * sizes[-1], 0) * item_bytes(chain[0])
+    return call.cost(matmul=multiply_adds(chain[0].dtype, work), scratch_read=between, scratch_written=between)
+
+
+@formula("aten.linalg_matrix_power", "aten.matrix_power")
+def matrix_power(call: Call) -> Cost:
+    """Repeated squaring: a product a bit after the first, and one more a bit that is set."""
+    matrix, power = call.tensor("self"), call.integer("n", 1)
+    if power < 0:
+        return unpriced(call)
+    products = max(power.bit_length() - 1, 0) + max(power.bit_count() - 1, 0)
+    between = max(products - 1, 0) * matrix.nbytes
     return call.cost(
-        matmul=multiply_adds(chain[0].dtype, work), scratch_read=between, scratch_written=between
+        matmul=multiply_adds(matrix.dtype, products * matrix.numel * matrix.shape[-1]),
+        scratch_read=between,
+        scratch_written=between,
     )
 
 
@@ -229,9 +234,7 @@ def _volume(indices: set[str], size: dict[str, int]) -> int:
     return prod(size[i] for i in indices)
 
 
-def _subscripts(
-    equation: str, operands: tuple[Tensor, ...]
-) -> tuple[list[set[str]], set[str], dict[str, int]] | None:
+def _subscripts(equation: str, operands: tuple[Tensor, ...]) -> tuple[list[set[str]], set[str], dict[str, int]] | None:
     """Index sets of the operands and of the result, and index sizes; an ellipsis hides "0", "1", ...
 
     None when the equation does not fit the operands.
@@ -240,10 +243,7 @@ def _subscripts(
     written = left.split(",")
     if len(written) != len(operands):
         return None
-    hidden = [
-        len(t.shape) - len(s.replace(".", "")) if "." in s else 0
-        for s, t in zip(written, operands, strict=True)
-    ]
+    hidden = [len(t.shape) - len(s.replace(".", "")) if "." in s else 0 for s, t in zip(written, operands, strict=True)]
     spread = max(hidden)
     size: dict[str, int] = {}
     terms: list[set[str]] = []

@@ -45,8 +45,6 @@ from .arithmetic import item_bytes, reach, vector
     "aten.fliplr",
     "aten.flipud",
     "aten.rot90",
-    "aten.tril",
-    "aten.triu",
     "aten.fft_fftshift",
     "aten.fft_ifftshift",
     "aten.pixel_shuffle",
@@ -100,6 +98,18 @@ def copy_of_one(call: Call) -> Cost:
     if name is not None:
         reads[name] = reach(call, call.tensor(name), made)
     return call.cost(reads=reads)
+
+
+@formula("aten.tril", "aten.triu")
+def triangle(call: Call) -> Cost:
+    """The triangle that is kept is read, the whole result written."""
+    source, diagonal = call.tensor("self"), call.integer("diagonal", 0)
+    rows, columns = source.shape[-2:]
+    lower = call.op.target.startswith("aten.tril")
+    below = sum(min(max(r + diagonal + lower, 0), columns) for r in range(rows))
+    kept = below if lower else rows * columns - below
+    matrices = source.numel // max(rows * columns, 1)
+    return call.cost(reads={"self": reach(call, source, matrices * kept)})
 
 
 @formula(

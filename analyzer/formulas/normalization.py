@@ -10,7 +10,7 @@ from math import prod
 
 from ..cost import Call, Cost, formula
 from ..graph import Tensor
-from .arithmetic import vector
+from .arithmetic import broadcast, vector
 
 
 @formula("aten.layer_norm", "aten.native_layer_norm")
@@ -22,10 +22,12 @@ def layer_norm(call: Call) -> Cost:
 
 @formula("aten.group_norm", "aten.native_group_norm")
 def group_norm(call: Call) -> Cost:
-    """As a layer norm over each group of channels of each example."""
+    """Statistics over each group of channels of each example, then a scale and a shift per channel applied."""
     source = call.tensor("input")
-    groups = call.integer("num_groups", call.integer("group", 1))
-    return _standardised(call, source, source.shape[0] * groups)
+    groups = source.shape[0] * call.integer("num_groups", call.integer("group", 1))
+    channels = prod(source.shape[:2])
+    flops = 6 * source.numel + (1 + _affine(call)) * channels + 3 * groups
+    return call.cost(vector=vector(source.dtype, flops), special=groups)
 
 
 @formula("aten.instance_norm")
@@ -50,7 +52,7 @@ def batch_norm(call: Call) -> Cost:
     """In inference a multiplication and an addition an element; in training a layer norm over channels."""
     source = call.tensor("input")
     if call.flag("training"):
-        return _standardised(call, source, source.shape[1])
+        return _standardised(call, source, _channels(source))
     return _by_channel(call, source)
 
 
@@ -88,9 +90,7 @@ def softmax(call: Call) -> Cost:
 def log_softmax(call: Call) -> Cost:
     """Maximum, subtract, exp, sum, subtract the log: 4 FLOPs and an exp an element, a log per row."""
     source = call.tensor("self")
-    return call.cost(
-        vector=vector(source.dtype, 4 * source.numel), special=source.numel + _rows(call, source)
-    )
+    return call.cost(vector=vector(source.dtype, 4 * source.numel), special=source.numel + _rows(call, source))
 
 
 @formula("aten._weight_norm", "aten._weight_norm_interface")
@@ -104,8 +104,8 @@ def weight_norm(call: Call) -> Cost:
 def cosine_similarity(call: Call) -> Cost:
     """Three dot products of the broadcast operands; per result 2 roots, a maximum, a product, a division."""
     out = call.output
-    inner = max(t.shape[call.integer("dim", 1)] for t in call.inputs)
-    return call.cost(vector=vector(out.dtype, out.numel * (6 * inner + 3)), special=2 * out.numel)
+    flops = 6 * prod(broadcast(call.inputs)) + 3 * out.numel
+    return call.cost(vector=vector(out.dtype, flops), special=2 * out.numel)
 
 
 @formula("aten.renorm")
@@ -121,6 +121,10 @@ def _rows(call: Call, source: Tensor) -> int:
     return source.numel // max(width, 1)
 
 
+def _channels(source: Tensor) -> int:
+    return source.shape[1] if len(source.shape) > 1 else source.numel
+
+
 def _affine(call: Call) -> int:
     return sum(call.optional(name) is not None for name in ("weight", "bias"))
 
@@ -132,6 +136,6 @@ def _standardised(call: Call, source: Tensor, groups: int) -> Cost:
 
 def _by_channel(call: Call, source: Tensor) -> Cost:
     # x * scale + shift, where scale = weight * rsqrt(var + eps) and shift = bias - mean * scale
-    channels = source.shape[1]
+    channels = _channels(source)
     flops = 2 * source.numel + channels * (2 + _affine(call))
     return call.cost(vector=vector(source.dtype, flops), special=channels)

@@ -51,30 +51,31 @@ _WORK: Mapping[tuple[float, float], str] = {
     (1, 3): "mish",
 }
 
-_COMPLEX: Mapping[str, tuple[float, float]] = {
-    "complex": (0, 0),
-    "polar": (2, 2),
-    "neg": (2, 0),
-    "conj_physical": (1, 0),
-    "_conj_physical": (1, 0),
-    "add": (2, 0),
-    "sub": (2, 0),
-    "rsub": (2, 0),
-    "mul": (6, 0),
-    "multiply": (6, 0),
-    "square": (6, 0),
-    "reciprocal": (6, 0),
-    "div": (11, 0),  # times the conjugate, over the squared modulus
-    "true_divide": (11, 0),
-    "eq": (3, 0),
-    "ne": (3, 0),
-    "masked_fill": (2, 0),
-    "where": (2, 0),
-    "abs": (3, 1),
-    "angle": (0, 1),
-    "exp": (2, 3),
-    "log": (3, 3),
+_COMPLEX: Mapping[tuple[float, float], str] = {
+    (0, 0): "complex positive",
+    (1, 0): "conj_physical _conj_physical",
+    (2, 0): "neg negative add sub subtract rsub masked_fill where",
+    (3, 0): "eq ne not_equal isnan isinf isfinite isreal logical_not",
+    (6, 0): "mul multiply square reciprocal",
+    (7, 0): "logical_and logical_or logical_xor",
+    (8, 0): "addcmul",
+    (10, 0): "lerp",
+    (11, 0): "div divide true_divide",  # times the conjugate, over the squared modulus
+    (13, 0): "addcdiv",
+    (14, 0): "linalg_cross cross",
+    (0, 1): "angle",
+    (3, 1): "abs absolute",
+    (5, 1): "sgn",
+    (2, 2): "polar",
+    (2, 3): "exp",
+    (3, 3): "log",
+    (5, 3): "log2 log10",
+    (11, 3): "sigmoid",
+    (17, 3): "silu",
+    (2, 4): "sin cos sinh cosh",  # sin(a + ib) = sin a cosh b + i cos a sinh b
+    (15, 8): "tan tanh",
 }
+_COMPLEX_WORK = {name: work for work, names in _COMPLEX.items() for name in names.split()}
 
 
 def elementwise(call: Call, flops: float, special: float = 0.0) -> Cost:
@@ -82,17 +83,15 @@ def elementwise(call: Call, flops: float, special: float = 0.0) -> Cost:
     dtype = promoted([*call.inputs, *call.outputs])
     if is_complex(dtype):
         name = operator_name(call.op.target).removeprefix("aten.").removesuffix("_")
-        if name not in _COMPLEX:
+        if name not in _COMPLEX_WORK:
             return unpriced(call)
-        flops, special = _COMPLEX[name]
+        flops, special = _COMPLEX_WORK[name]
     count = call.output.numel
     return call.cost(vector=vector(dtype, flops * count), special=special * count)
 
 
 for (_flops, _special), _names in _WORK.items():
-    formula(*(f"aten.{name}" for name in _names.split()))(
-        partial(elementwise, flops=_flops, special=_special)
-    )
+    formula(*(f"aten.{name}" for name in _names.split()))(partial(elementwise, flops=_flops, special=_special))
 
 
 @formula("aten.add", "aten.sub", "aten.subtract", "aten.rsub")

@@ -5,9 +5,10 @@ once; sums of half types accumulate in float32. Complex numbers are counted by t
 """
 
 from functools import partial
+from math import prod
 
 from ..cost import Call, Cost, formula, unpriced
-from .arithmetic import is_complex, promoted, vector
+from .arithmetic import broadcast, is_complex, promoted, vector
 from .pointwise import elementwise
 
 
@@ -49,7 +50,7 @@ formula("aten.aminmax", "aten._aminmax")(partial(_reduce, flops=2))
 formula("aten.mean", "aten.nanmean")(partial(_reduce, flops=1, finish=1))
 formula("aten.var", "aten.var_mean")(partial(_reduce, flops=4, finish=2))  # mean, subtract, square, add
 formula("aten.std", "aten.std_mean")(partial(_reduce, flops=4, finish=2, roots=1))
-formula("aten.logsumexp", "aten.special_logsumexp", "aten._logsumexp")(
+formula("aten.logsumexp", "aten.special_logsumexp")(
     partial(_reduce, flops=3, special=1, finish=1, roots=1)  # maximum, subtract, exp, add; log, add
 )
 formula("aten.logcumsumexp", "aten._logcumsumexp")(partial(_reduce, flops=5, special=2))  # logaddexp
@@ -81,16 +82,15 @@ def matrix_norm(call: Call) -> Cost:
 @formula("aten.dist")
 def dist(call: Call) -> Cost:
     """The norm of a difference: 3 FLOPs an element."""
-    count = max(t.numel for t in call.inputs)
+    count = prod(broadcast(call.inputs))
     return call.cost(vector=vector(call.output.dtype, 3 * count), special=1)
 
 
 @formula("aten.pairwise_distance")
 def pairwise_distance(call: Call) -> Cost:
     """Subtract, add eps, square, add: 4 FLOPs an element of the broadcast operands, a root per result."""
-    features = max(t.shape[-1] for t in call.inputs)
-    out = call.output
-    return call.cost(vector=vector(out.dtype, 4 * out.numel * features), special=out.numel)
+    flops = 4 * prod(broadcast(call.inputs))
+    return call.cost(vector=vector(call.output.dtype, flops), special=call.output.numel)
 
 
 @formula("aten.trace")

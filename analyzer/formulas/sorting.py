@@ -62,6 +62,4 @@ def isin(call: Call) -> Cost:
 def _binary_search(call: Call, name: str) -> Cost:
     table, queries = call.tensor(name), call.output.numel
     probes = ceil(log2(table.shape[-1] + 1)) if table.shape else 1
-    return call.cost(
-        vector=vector(table.dtype, queries * probes), reads={name: reach(call, table, queries * probes)}
-    )
+    return call.cost(vector=vector(table.dtype, queries * probes), reads={name: reach(call, table, queries * probes)})

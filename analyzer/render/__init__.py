@@ -1,1 +1,1 @@
-"""Report -> text: one renderer a file, found by its registration; files named with an underscore are shared parts."""
+"""Report -> text: one renderer a file; files whose name starts with an underscore are shared parts."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..analysis import OpAnalysis, PhaseAnalysis
-from ..cost import Status
+from ..cost import Status, operator_name
 from ..roofline import Bound
 from .registry import By
 
@@ -60,8 +60,8 @@ def hotspots(phase: PhaseAnalysis, by: By) -> tuple[Hotspot, ...]:
 
 def short_operator(target: str) -> str:
     """`aten.linear.default` -> `linear`; other namespaces stay."""
-    name = target.rsplit(".", 1)[0] if target.count(".") >= 2 else target
-    return name.removeprefix("aten.")
+    name = operator_name(target).removeprefix("aten.")
+    return "sdpa" if name == "scaled_dot_product_attention" else name
 
 
 _NUMBER = re.compile(r"\d+")

@@ -1,6 +1,7 @@
 """Lines of styled text that fit a width: shortening, wrapping, tables.
 
-Text from a user's model is data: it becomes `rich.text.Text`, which knows no markup, and loses its control characters.
+Text from a user's model is data: it becomes `rich.text.Text`, which knows no markup, and loses its control
+characters.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,6 @@ from rich.text import Text
 from .registry import Options
 
 Cell = str | Text
-GAP = 2
 
 
 def printed(lines: Iterable[Text], options: Options) -> str:
@@ -42,8 +42,8 @@ def printed(lines: Iterable[Text], options: Options) -> str:
 
 
 _ASCII = str.maketrans({
-    "…": "~", "×": "x", "µ": "u", "·": "|", "─": "-", "━": "=", "│": "|", "└": "+", "┤": "+", "┴": "+", "█": "#",
-    "▒": "=", "░": ".", "●": "o", "◆": "@", "—": "-", "–": "-", "┊": ":", "≥": ">", "≈": "~", "−": "-",
+    "…": "~", "×": "x", "µ": "u", "·": "|", "─": "-", "━": "=", "│": "|", "└": "+", "┤": "+", "┴": "+",
+    "█": "#", "▒": "=", "░": ".", "●": "o", "◆": "@", "—": "-", "–": "-", "┊": ":", "≥": ">", "≈": "~", "−": "-",
 })  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def keep_line(place: str, width: int) -> str:
         shorter = "…/" + "/".join(parts[first:])
         if cell_len(shorter) <= width:
             return shorter
-    return keep_end(parts[-1], width)
+    return keep_end(parts[-1], width)  # the file's own name, whole if it fits
 
 
 _SHORTEN = {"start": keep_start, "end": keep_end, "line": keep_line}
@@ -95,6 +95,7 @@ class Column:
         least: width below which it is not squeezed.
         drop: columns with the highest number go first when space runs out; 0 stays.
         keep: which part of a too long text stays visible.
+        gap: blanks before it.
     """
 
     header: str
@@ -103,6 +104,7 @@ class Column:
     least: int = 1000
     drop: int = 0
     keep: Literal["start", "end", "line"] = "start"
+    gap: int = 2
 
     @property
     def natural(self) -> int:
@@ -119,10 +121,11 @@ def table(columns: Sequence[Column], width: int, *, indent: int = 0) -> list[Tex
     """A header and the rows, columns dropped and squeezed until they fit."""
     shown = [c for c in columns if any(_length(cell) for cell in c.cells)]
     available = width - indent
-    while _total([c.minimum for c in shown]) > available and any(c.drop for c in shown):
+    while sum(c.minimum + c.gap for c in shown) > available and any(c.drop for c in shown):
         shown.remove(max(shown, key=lambda c: c.drop))
     widths = [c.natural for c in shown]
-    while (excess := _total(widths) - available) > 0:
+    available -= sum(c.gap for c in shown[1:])
+    while (excess := sum(widths) - available) > 0:
         slack = [w - c.minimum for w, c in zip(widths, shown, strict=True)]
         if max(slack, default=0) <= 0:
             break
@@ -200,7 +203,7 @@ def _row(cells: Sequence[Text], columns: Sequence[Column], widths: Sequence[int]
     line = Text(" " * indent)
     for number, (cell, column, width) in enumerate(zip(cells, columns, widths, strict=True)):
         if number:
-            line.append(" " * GAP)
+            line.append(" " * column.gap)
         if cell.cell_len > width:
             cell = Text(_SHORTEN[column.keep](cell.plain, width), style=cell.style)
         blank = " " * max(width - cell.cell_len, 0)
@@ -209,10 +212,6 @@ def _row(cells: Sequence[Text], columns: Sequence[Column], widths: Sequence[int]
         else:
             line.append_text(cell).append(blank)
     return line
-
-
-def _total(widths: Sequence[int]) -> int:
-    return sum(widths) + GAP * max(len(widths) - 1, 0)
 
 
 def _length(cell: Cell) -> int:

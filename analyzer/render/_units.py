@@ -2,7 +2,20 @@
 
 from math import floor, log10
 
-_PREFIXES = {-5: "f", -4: "p", -3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P", 6: "E"}
+_PREFIXES = {
+    -5: "f",
+    -4: "p",
+    -3: "n",
+    -2: "µ",
+    -1: "m",
+    0: "",
+    1: "k",
+    2: "M",
+    3: "G",
+    4: "T",
+    5: "P",
+    6: "E",
+}
 
 
 def scaled(value: float, unit: str, *, trim: bool = False) -> str:
@@ -59,6 +72,11 @@ def rate(value: float, unit: str) -> str:
         exponent = 4  # TFLOP/s is what data sheets print
     text = f"{value / 1000.0**exponent:,.4g}" if value < 1e4 * 1000.0**exponent else digits(value / 1000.0**exponent)
     return f"{text} {_PREFIXES[exponent]}{unit}"
+
+
+def per_second(value: float) -> str:
+    """A throughput, three significant digits without prefix: `221,000`, `2,150`, `4.56`."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else digits(value)
 
 
 def percent(share: float) -> str:

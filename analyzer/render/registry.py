@@ -1,4 +1,4 @@
-"""The formats a report can be written in. A renderer registers itself; adding one touches its own file only."""
+"""The formats a report can be written in. A renderer registers itself: adding one touches only its file."""
 
 import functools
 import importlib

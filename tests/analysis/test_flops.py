@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from support import TARGETS, traced
-from torch.utils.flop_counter import FlopCounterMode
-
 from fxroof.analyzer.analysis import analyze_phase
 from fxroof.hardware.catalog import load
+from support import TARGETS, traced
+from torch.utils.flop_counter import FlopCounterMode
 
 H100 = load("h100_sxm").gpu
 UNCOUNTED = {"aten._grouped_mm": "FlopCounterMode of torch 2.13 returns 0 for it"}

@@ -7,10 +7,6 @@ import dataclasses
 
 import pytest
 import torch
-from support import traced
-from torch import nn
-from torch.nn import functional as F
-
 from fxroof.analyzer.analysis import PhaseAnalysis, analyze_phase
 from fxroof.analyzer.cost import Status
 from fxroof.analyzer.graph import Graph
@@ -20,6 +16,9 @@ from fxroof.analyzer.pricing import price
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.trace import trace
 from fxroof.hardware.catalog import load
+from support import traced
+from torch import nn
+from torch.nn import functional as F
 
 H100, A100, B200, M2_ULTRA = (load(n).gpu for n in ("h100_sxm", "a100_sxm_80gb", "b200", "m2_ultra"))
 WIDTH = 8192
@@ -125,7 +124,8 @@ def test_10_a_large_square_gemm_has_500_flops_per_byte(n: int) -> None:
 
 def test_11_sequences_share_one_weight_read_until_the_cache_takes_over() -> None:
     phases = {
-        n: analyze_phase(traced("llama-3-8b", Scenario(batch_size=n)).graphs["decode"], H100)[0] for n in (1, 32, 256)
+        n: analyze_phase(traced("llama-3-8b", Scenario(batch_size=n)).graphs["decode"], H100)[0]
+        for n in (1, 32, 256)
     }
     embedding_rows = 31 * 4096 * 2
     assert phases[32].bytes.weight - phases[1].bytes.weight == embedding_rows

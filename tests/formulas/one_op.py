@@ -1,14 +1,13 @@
-"""One ATen call on meta tensors as a Graph, without the tracer: schema names, storages and mutations as torch says."""
+"""One ATen call as a Graph, without the tracer: schema names, storages and mutations as torch says."""
 
 import dataclasses
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-
 from fxroof.analyzer.cost import Cost, bytes_by_role
 from fxroof.analyzer.graph import Arg, Graph, Op, Role, Storage, Tensor, TensorRef
 from fxroof.analyzer.pricing import price
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -56,9 +55,7 @@ def graph_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> Graph:
     result = target(*args, **kwargs)
     outputs = tuple(seen.index(t, Role.OUTPUT) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
     op = Op(name="op", target=str(target), args=bound, outputs=outputs, mutates=mutates)
-    return Graph(
-        phase="forward", tokens=tokens, storages=tuple(seen.sizes), tensors=tuple(seen.tensors), ops=(op,)
-    )
+    return Graph(phase="forward", tokens=tokens, storages=tuple(seen.sizes), tensors=tuple(seen.tensors), ops=(op,))
 
 
 def cost_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> Cost:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from formulas.one_op import aten, cost_of, meta, traffic_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, list[Any]]:
     source, bias = meta(*batch, into, *sizes), draw(st.sampled_from([None, meta(out)]))
     if draw(st.booleans()):
         target = getattr(aten, f"conv_transpose{ndim}d")
-        overload = getattr(target, "default" if ndim == 0 else "input" if ndim > 1 else target.overloads()[0])
+        overload = getattr(target, "default" if ndim == 1 else "input")
         padding = [k // 2 for k in kernel]
         return overload, [
             source, meta(into, out // groups, *kernel), bias, stride, padding, [0] * ndim, groups, dilation
@@ -97,12 +98,14 @@ def test_cells() -> None:
     assert cost.special == 3 * 16 * 5
 
 
+def test_a_complex_convolution_is_three_real_ones() -> None:
+    args = (meta(2, 4, 9, dtype=torch.complex64), meta(6, 4, 3, dtype=torch.complex64))
+    cost = cost_of(aten.conv1d.default, *args)
+    assert cost.matmul == {"float32": counted(aten.conv1d.default, *args)}
+
+
 def test_weights_of_a_sequence_are_read_once() -> None:
     module = nn.GRU(24, 16, batch_first=True, device="meta")
-    short, long = (
-        traffic_of(aten.gru.input, meta(1, n, 24), meta(1, 1, 16), module._flat_weights, True, 1, 0.0, False, False, True)
-        for n in (1, 9)
-    )  # fmt: skip
+    rest = (meta(1, 1, 16), module._flat_weights, True, 1, 0.0, False, False, True)
+    short, long = (traffic_of(aten.gru.input, meta(1, n, 24), *rest) for n in (1, 9))
     assert long[0] - short[0] == 8 * 24 * 4
-
-

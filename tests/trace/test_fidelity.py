@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import LAYERS, TARGETS, TOKEN_MODELS, traced
-
 from fxroof.analyzer.graph import Graph, TensorRef
+from support import LAYERS, TARGETS, TOKEN_MODELS, traced
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 EAGER_ON_META = [n for n in TARGETS if n not in ("llama_reference",)]

@@ -1,0 +1,539 @@
+"""The command line. It alone prints, exits and looks at the environment. Only tracing a model imports torch.
+
+Exit codes: 0 done, 1 reserved for findings, 2 for anything that stopped the analysis, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+    from .render.registry import Options
+    from .report import Report
+    from .scenario import Scenario
+
+EXIT_STOPPED = 2
+EXIT_INTERRUPTED = 130
+
+_MOST_SEQUENCES = 1_000_000
+_MOST_TOKENS = 10_000_000
+_WIDTH_OFF_TERMINAL = 100
+_LEAST_WIDTH = 40
+_BUG = "This is a bug in fxroof. Please report it with the output of the same command and --debug."
+
+
+class _Program(click.Group):
+    """A group that keeps exit code 1 free for findings and prints one message for each failure."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *more: Any, **extra: Any) -> Any:
+        arguments = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+        run = functools.partial(super().main, arguments, prog_name or "fxroof", *more, **extra)
+        sys.exit(_exit_code(run, arguments))
+
+
+def _exit_code(run: Callable[[], object], arguments: Sequence[str]) -> int:
+    try:
+        returned = run()
+        sys.stdout.flush()
+    except click.UsageError as error:
+        return _usage_error(error)
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        print_error("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _silence_stdout()
+        return 0
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else EXIT_STOPPED if error.code else 0
+    except Exception as error:  # whatever happens, a program must not confuse a crash with a finding
+        return _unexpected(error, debug="--debug" in arguments)
+    return returned if isinstance(returned, int) else 0
+
+
+@click.group(
+    cls=_Program,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    no_args_is_help=True,
+    epilog='Shell completion: eval "$(_FXROOF_COMPLETE=bash_source fxroof)" (or zsh_source, fish_source).',
+)
+@click.version_option(package_name="fxroof", message="fxroof %(version)s")
+def main() -> None:
+    """Where must the time of a PyTorch model go on a GPU? Read from the model, without running it.
+
+    \b
+    Examples:
+      fxroof analyze mymodel.py --gpu b200
+      fxroof analyze mymodel.py:build --gpu h100 --batch-size 16 --input-len 4096
+      fxroof analyze path/to/llama-3-8b --gpu h100 --gpu mi300x    a folder with config.json
+      fxroof analyze mymodel.py --gpu b200 -f json -o report.json
+      fxroof analyze report.json --gpu h200                        price it again, without torch
+      fxroof gpus                                                  all GPUs
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+
+
+class _Formats(click.ParamType[str]):
+    """The registered renderers, looked up only when a format is given."""
+
+    name = "format"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002  # click's signature
+        from .render.registry import formats
+
+        return f"[{'|'.join(formats())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from .render.registry import formats
+
+        if value not in formats():
+            self.fail(f"{value!r} is not one of {', '.join(formats())}.", param, ctx)
+        return str(value)
+
+    def shell_complete(
+        self,
+        ctx: click.Context,  # noqa: ARG002  # click's signature
+        param: click.Parameter,  # noqa: ARG002
+        incomplete: str,
+    ) -> list[click.shell_completion.CompletionItem]:
+        from .render.registry import formats
+
+        return [click.shell_completion.CompletionItem(name) for name in formats() if name.startswith(incomplete)]
+
+
+def _complete_gpu(
+    ctx: click.Context,  # noqa: ARG001  # click's signature
+    param: click.Parameter,  # noqa: ARG001
+    incomplete: str,
+) -> list[click.shell_completion.CompletionItem]:
+    from ..hardware.catalog import names
+
+    return [click.shell_completion.CompletionItem(name) for name in names() if name.startswith(incomplete)]
+
+
+@main.command()
+@click.argument("target")
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=_complete_gpu,
+    help="GPU to price for, or a TOML file; repeat to compare several.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, _MOST_SEQUENCES),
+    default=1,
+    show_default=True,
+    help="Sequences in flight.",
+)
+@click.option(
+    "--input-len",
+    type=click.IntRange(1, _MOST_TOKENS),
+    default=2048,
+    show_default=True,
+    help="Prompt tokens of each.",
+)
+@click.option(
+    "--output-len",
+    type=click.IntRange(1, _MOST_TOKENS),
+    default=256,
+    show_default=True,
+    help="Tokens generated for each; decode is priced at a context of input + output / 2.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["as-is", "bf16", "fp16", "fp32"]),
+    default="as-is",
+    show_default=True,
+    help="Type to convert floating-point weights to.",
+)
+@click.option(
+    "--phase",
+    type=click.Choice(["prefill", "decode", "forward", "all"]),
+    default="all",
+    show_default=True,
+    help="What to analyse: all that the model has, or one.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["sdpa", "eager"]),
+    default="sdpa",
+    show_default=True,
+    help="Attention implementation of transformers models.",
+)
+@click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Rows of the hotspot table.")
+@click.option(
+    "--by",
+    type=click.Choice(["op", "module"]),
+    default="op",
+    show_default=True,
+    help="What a hotspot row is.",
+)
+@click.option(
+    "-f", "--format", "format_", type=_Formats(), default="terminal", show_default=True, help="Output format."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write instead of standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure, and library warnings.")
+@click.pass_context
+def analyze(
+    ctx: click.Context,
+    target: str,
+    gpus: tuple[str, ...],
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    dtype: str,
+    phase: str,
+    attention: str,
+    top: int,
+    by: str,
+    format_: str,
+    output: Path | None,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Say where a model's time goes on a GPU, phase by phase and line by line.
+
+    \b
+    Examples:
+      fxroof analyze mymodel.py --gpu b200
+      fxroof analyze mymodel.py:build --gpu h100 --gpu b200 --phase decode --batch-size 32
+      fxroof analyze mymodel.py --gpu b200 -f json -o report.json
+      fxroof analyze report.json --gpu h200
+
+    TARGET is mymodel.py, mymodel.py:attr (a module, or a class or function that gives one without
+    arguments), a folder with a transformers config.json, or a report saved with -f json, which is priced
+    again without torch.
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+    _check_destination(output)
+    saved = _saved_report(target)
+    gpus = tuple(dict.fromkeys(gpus))
+    if saved is not None:
+        _refuse_tracing_options(ctx, target)
+        report = _repriced(saved, gpus)
+    elif not gpus:
+        raise click.UsageError("Missing option '--gpu'. For example: --gpu h100; `fxroof gpus` lists all.", ctx)
+    else:
+        from .scenario import Scenario
+
+        given = [_was_given(ctx, name) for name in ("input_len", "output_len")]
+        scenario = Scenario(batch_size=batch_size, input_len=input_len, output_len=output_len, lengths_given=any(given))
+        report = _traced(target, gpus, scenario, phase, dtype, attention, quiet=quiet, debug=debug)
+    from .render.registry import render
+
+    text = render(report, format_, _options(output, top=top, by=by))
+    _deliver(text, output)
+
+
+@main.command()
+@click.argument("name", required=False, shell_complete=_complete_gpu)
+def gpus(name: str | None) -> None:
+    """List the GPUs, or show all that is known of one.
+
+    \b
+    Examples:
+      fxroof gpus
+      fxroof gpus h100
+      fxroof gpus mygpu.toml
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+    from ..hardware.catalog import CATALOG_VERSION, all_gpus, load
+    from .render import _catalog
+
+    options = _options(None)
+    if name is None:
+        _deliver(_catalog.catalog(all_gpus(), CATALOG_VERSION, options), None)
+    else:
+        resolved = load(name)
+        _deliver(_catalog.part(resolved.gpu, resolved.note, options), None)
+
+
+def _traced(
+    target: str,
+    gpus: Sequence[str],
+    scenario: Scenario,
+    phase: str,
+    dtype: str,
+    attention: str,
+    *,
+    quiet: bool,
+    debug: bool,
+) -> Report:
+    from .errors import TargetError
+    from .pipeline import analyze as analyze_model
+
+    # what the user's file prints while it is imported is no result of ours
+    with (
+        _Progress(quiet=quiet) as progress,
+        contextlib.redirect_stdout(sys.stderr),
+        _libraries(silent=not debug),
+    ):
+        try:
+            return analyze_model(
+                target,
+                gpus=gpus,
+                scenario=scenario,
+                phase=phase,
+                dtype=dtype,
+                attention=attention,
+                progress=progress.say,
+            )
+        except SystemExit as error:
+            raise TargetError(
+                f"{target}: the file ended the program while it was loaded or traced (exit {error.code}).",
+                "Put what must not run on import under: if __name__ == '__main__':",
+            ) from error
+
+
+@contextlib.contextmanager
+def _libraries(*, silent: bool) -> Iterator[None]:
+    """Keep warnings and logs of torch and transformers off standard error: a failure is one message."""
+    import logging
+    import warnings
+
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if silent:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def _saved_report(target: str) -> Report | None:
+    """The report in a .json file, or None where that is something else."""
+    path = Path(target)
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    import msgspec
+
+    from .report import read_report
+
+    try:
+        head = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return read_report(path) if "schema_version" in head else None
+
+
+def _repriced(saved: Report, gpus: Sequence[str]) -> Report:
+    if not gpus:
+        return saved
+    from .pipeline import reprice
+
+    return reprice(saved, gpus=gpus)
+
+
+def _refuse_tracing_options(ctx: click.Context, target: str) -> None:
+    fixed = ("batch_size", "input_len", "output_len", "dtype", "phase", "attention")
+    given = [f"--{name.replace('_', '-')}" for name in fixed if _was_given(ctx, name)]
+    if given:
+        raise click.UsageError(
+            f"{' and '.join(given)} cannot change {target}: a saved report holds traced graphs. "
+            "Analyse the model itself with these options.",
+            ctx,
+        )
+
+
+def _was_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _options(output: Path | None, **chosen: Any) -> Options:
+    from rich.console import Console
+
+    from .render.registry import Options
+
+    to_file = output is not None and str(output) != "-"
+    console = Console()
+    forced = bool(os.environ.get("FORCE_COLOR"))
+    colour = console.is_terminal and not console.no_color and (forced or not to_file)
+    if console.is_terminal and not to_file and sys.stdout.isatty():
+        width = console.width
+    else:
+        columns = os.environ.get("COLUMNS", "")
+        width = int(columns) if columns.isascii() and columns.isdigit() and int(columns) else _WIDTH_OFF_TERMINAL
+    encoding = "utf-8" if to_file else (sys.stdout.encoding or "ascii")
+    return Options(
+        width=min(max(width, _LEAST_WIDTH), 1000),
+        colour=colour,
+        unicode=_encodes(encoding, "⠿µ━●"),
+        **chosen,
+    )
+
+
+def _encodes(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _check_destination(output: Path | None) -> None:
+    """Find out before the slow part that a file cannot be written there."""
+    if output is None or str(output) == "-":
+        return
+    if output.is_dir():
+        raise click.UsageError(f"-o {output}: is a folder; name a file in it.")
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise click.UsageError(f"-o {output}: there is no folder {folder}; create it first.")
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        raise click.UsageError(f"-o {output}: no permission to write there.")
+
+
+def _deliver(text: str, output: Path | None) -> None:
+    if output is None or str(output) == "-":
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+        return
+    from .errors import ReportFileError
+
+    try:
+        _write_whole(output.resolve(), text)
+    except OSError as error:
+        raise ReportFileError(
+            f"{output}: cannot be written: {error.strerror or error}.",
+            "Nothing was left there; name another file.",
+        ) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write all of a file or nothing: no reader sees half of it, and a failure leaves what was there."""
+    if path.exists() and not path.is_file():  # a device or a pipe: replacing it would destroy it
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class _Progress:
+    """Says on standard error what is done, from the second second on: a status line, or lines off a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._message = ""
+        self._lock = threading.Lock()
+        self._shown = False
+        self._status: Status | None = None
+        self._timer = threading.Timer(1.0, self._show)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Progress:
+        if not self._quiet:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._quiet = True
+            if self._status is not None:
+                self._status.stop()
+
+    def say(self, message: str) -> None:
+        """Take note of what is being done."""
+        with self._lock:
+            self._message = message
+            if self._shown:
+                self._write()
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._quiet:
+                self._shown = True
+                self._write()
+
+    def _write(self) -> None:
+        if not self._message or self._quiet:
+            return
+        if self._status is not None:
+            self._status.update(self._message)
+            return
+        console = _stderr()
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._status = console.status(self._message)
+            self._status.start()
+        else:
+            console.print(f"fxroof: {self._message}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _usage_error(error: click.UsageError) -> int:
+    """Usage errors in the manner of click: the usage line, then the message."""
+    if error.ctx is not None:
+        click.echo(error.ctx.get_usage(), err=True)
+    hint = f"See `{error.ctx.command_path} --help`." if error.ctx is not None else ""
+    return _fail(error.format_message(), hint)
+
+
+def _unexpected(error: Exception, *, debug: bool) -> int:
+    from ..hardware.catalog import CatalogError
+    from .errors import FxroofError
+
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, FxroofError | CatalogError):
+        return _fail(error.message, error.hint)
+    text = str(error).strip().split("\n", 1)[0][:300]
+    return _fail(f"internal error: {type(error).__name__}{': ' if text else ''}{text}", _BUG)
+
+
+def _fail(message: str, hint: str = "") -> int:
+    print_error(message, hint)
+    return EXIT_STOPPED
+
+
+def print_error(message: str, hint: str = "") -> None:
+    """One message on standard error: what, where, and what to do about it."""
+    from rich.text import Text
+
+    console = _stderr()
+    lines = [("error: ", "bold red", message)] + ([("hint: ", "bold", hint)] if hint else [])
+    with contextlib.suppress(BrokenPipeError):
+        for label, style, text in lines:
+            console.print(Text(label, style=style).append(_printable(text), style="not bold default"), soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _silence_stdout() -> None:
+    # the interpreter flushes stdout on exit and would complain about the closed pipe once more
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

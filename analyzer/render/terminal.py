@@ -1,0 +1,438 @@
+"""The report for people: what limits each phase, and which lines of the user's file the time goes to."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from string import ascii_letters
+
+from rich.text import Text
+
+from ..analysis import Coverage, PhaseAnalysis, UnpricedOp
+from ..report import ModelInfo, Report, Run
+from ..roofline import Bound
+from ..scenario import Scenario
+from . import _units as units
+from ._hotspots import Hotspot, hotspots
+from ._layout import Cell, Column, beside, bullets, clean, fact, keep_start, printed, table, title
+from ._roofline import Point, Roof, picture
+from .registry import Options, renderer
+
+_STYLES = {
+    Bound.MEMORY: "cyan",
+    Bound.COMPUTE: "yellow",
+    Bound.SPECIAL: "magenta",
+    Bound.LATENCY: "red",
+    Bound.FREE: "dim",
+}
+_FILLS = {Bound.MEMORY: "█", Bound.COMPUTE: "▒", Bound.SPECIAL: "░", Bound.LATENCY: "·"}
+_MEANING = {
+    "prefill": "the whole prompt at once, the time to first token (TTFT)",
+    "decode": "one new token a sequence, the time per output token (TPOT)",
+    "forward": "one pass",
+}
+_SIDE_BY_SIDE = 150
+_FACTS_WIDTH = 84
+
+
+@renderer("terminal")
+def render(report: Report, options: Options) -> str:
+    """Header, comparison of the GPUs if there are several, then each run in detail."""
+    lines = [*_header(report, options.width), Text()]
+    if len(report.runs) > 1:
+        lines += [*_comparison(report, options.width), Text()]
+    for run in report.runs:
+        lines += _run(report, run, options)
+    lines += _caveats(report, options.width)
+    return printed(lines, options)
+
+
+def _header(report: Report, width: int) -> Iterator[Text]:
+    model, scenario = report.model, report.scenario
+    yield from fact("model", [Text(clean(model.name), style="bold"), *_size(model)], width)
+    yield from fact("source", [clean(model.source)] if model.source else [], width)
+    yield from fact("scenario", _scenario(scenario, report), width)
+
+
+def _size(model: ModelInfo) -> Iterator[str]:
+    yield f"{units.count(model.parameters)} parameters"
+    names = list(model.dtypes)
+    total = sum(model.dtypes.values())
+    if len(names) > 1:
+        stored = ", ".join(f"{units.percent(n / total)} {clean(name)}" for name, n in model.dtypes.items())
+    else:
+        stored = "".join(map(clean, names))
+    yield f"{units.byte_count(model.parameter_bytes)} of weights" + (f" in {stored}" if stored else "")
+
+
+def _scenario(scenario: Scenario, report: Report) -> Iterator[str]:
+    yield f"batch {scenario.batch_size:,}"
+    if {"prefill", "decode"} & {phase.name for run in report.runs for phase in run.phases}:
+        yield f"{scenario.input_len:,} prompt tokens"
+        yield f"{scenario.output_len:,} generated"
+        if any(phase.name == "decode" for run in report.runs for phase in run.phases):
+            yield f"decode priced at context {scenario.context_len:,}"
+        yield f"KV cache: {clean(report.model.cache_kind)}"
+
+
+def _comparison(report: Report, width: int) -> Iterator[Text]:
+    yield title("GPUs compared, each phase at its bound", width, heavy=True)
+    rows = [
+        (phase, run)
+        for name in dict.fromkeys(p.name for run in report.runs for p in run.phases)
+        for run in report.runs
+        for phase in run.phases
+        if phase.name == name
+    ]
+    first: dict[str, float] = {}
+    for phase, _ in rows:
+        first.setdefault(phase.name, phase.seconds.bound)
+    columns = [
+        Column(header="phase", cells=_without_repeats([phase.name for phase, _ in rows])),
+        Column(
+            header="GPU",
+            cells=[Text(clean(run.gpu.key), style="bold") for _, run in rows],
+            least=10,
+            keep="end",
+        ),
+        Column(header="bound", cells=[units.seconds(p.seconds.bound) for p, _ in rows], right=True),
+        Column(
+            header="vs first",
+            cells=[units.ratio(p.seconds.bound / first[p.name]) if first[p.name] else "" for p, _ in rows],
+            right=True,
+            drop=2,
+        ),
+        Column(header="floor", cells=[units.seconds(p.seconds.floor) for p, _ in rows], right=True, drop=4),
+        Column(header="tokens/s", cells=[_throughput(p, run) for p, run in rows], right=True, drop=1),
+        Column(header="class", cells=[_class(p.bound) for p, _ in rows]),
+        Column(header="MFU", cells=[units.percent(p.mfu) for p, _ in rows], right=True, drop=6),
+        Column(header="MBU", cells=[units.percent(p.mbu) for p, _ in rows], right=True, drop=5),
+        Column(header="weights fit?", cells=[_fit(report.model, run) for _, run in rows], drop=3),
+    ]
+    yield from table(columns, width)
+
+
+def _run(report: Report, run: Run, options: Options) -> Iterator[Text]:
+    yield title(f"{clean(run.gpu.key)}  {clean(run.gpu.name)}", options.width, heavy=True)
+    yield from fact("peaks", _peaks(run), options.width)
+    yield from fact("memory", [_memory(report.model, run)], options.width)
+    yield from fact("note", [clean(run.gpu.note)] if run.gpu.note else [], options.width)
+    yield Text()
+    for phase in run.phases:
+        yield from _phase(phase, run, options)
+        yield Text()
+
+
+def _peaks(run: Run) -> Iterator[Cell]:
+    yield units.rate(run.gpu.memory_bandwidth, "B/s")
+    for path, ridge in dict.fromkeys((p.matmul_path, p.ridge) for p in run.phases if p.ridge):
+        if ridge:
+            yield f"{units.rate(ridge * run.gpu.memory_bandwidth, 'FLOP/s')} dense {path}".rstrip()
+            yield f"ridge {units.digits(ridge, trim=True)} FLOP/B"
+    if run.gpu.confidence != "high":
+        yield f"catalogue figures of {clean(run.gpu.confidence)} confidence"
+
+
+def _memory(model: ModelInfo, run: Run) -> str:
+    weights = units.byte_count(model.parameter_bytes)
+    if run.gpu.memory_bytes is None:
+        return f"capacity unknown; the weights take {weights}"
+    usable = units.byte_count(run.gpu.memory_bytes)
+    if model.parameter_bytes > run.gpu.memory_bytes:
+        return f"weights do not fit: {weights}, {usable} usable; times are those of one device if they did"
+    return f"weights fit: {weights} of {usable} (cache and activations not counted)"
+
+
+def _fit(model: ModelInfo, run: Run) -> Cell:
+    if run.gpu.memory_bytes is None:
+        return "unknown"
+    share = units.percent(model.parameter_bytes / run.gpu.memory_bytes)
+    if model.parameter_bytes > run.gpu.memory_bytes:
+        return Text(f"no, {share}", style="red")
+    return f"yes, {share}"
+
+
+def _phase(phase: PhaseAnalysis, run: Run, options: Options) -> Iterator[Text]:
+    meaning = _MEANING.get(phase.name)
+    yield title(f"{clean(phase.name)} · {meaning}" if meaning else clean(phase.name), options.width)
+    rows = hotspots(phase, options.by)
+    marks = dict(zip(rows[: options.top], ascii_letters[26:] + ascii_letters[:26], strict=False))
+    wide = options.width >= _SIDE_BY_SIDE
+    facts = list(_facts(phase, run, _FACTS_WIDTH if wide else options.width))
+    drawing = _picture(phase, run, marks, options, options.width - _FACTS_WIDTH - 4 if wide else options.width)
+    yield from beside(facts, drawing, _FACTS_WIDTH + 4) if wide else [*facts, Text(), *drawing]
+    yield Text()
+    yield from _hotspot_table(rows, marks, options)
+
+
+def _facts(phase: PhaseAnalysis, run: Run, width: int) -> Iterator[Text]:
+    bound = Text(units.seconds(phase.seconds.bound), style="bold")
+    yield from fact("bound", [bound, *_speed(phase, run), "no run of these kernels is faster"], width)
+    yield from fact("floor", _floor(phase), width)
+    yield from fact("", _floor_parts(phase), width)
+    yield from fact("class", _shares(phase), width)
+    yield from fact("FLOPs", _work(phase), width)
+    yield from fact("bytes", _traffic(phase), width)
+    yield from fact("intensity", [_side(phase)], width)
+    used = [
+        f"MFU {units.percent(phase.mfu)} of the matmul peak",
+        f"MBU {units.percent(phase.mbu)} of the bandwidth",
+    ]
+    yield from fact("at bound", used, width)
+
+
+def _speed(phase: PhaseAnalysis, run: Run) -> Iterator[str]:
+    if phase.name == "decode" and phase.seconds.bound:
+        yield f"{_throughput(phase, run)} tokens/s"
+        if run.scenario.batch_size > 1:
+            yield f"{units.per_second(1 / phase.seconds.bound)} tokens/s per user"
+    elif phase.tokens:
+        yield f"{_throughput(phase, run)} prompt tokens/s"
+    elif phase.seconds.bound:
+        yield f"{units.per_second(1 / phase.seconds.bound)} passes/s"
+
+
+def _throughput(phase: PhaseAnalysis, run: Run) -> str:
+    """Tokens a second; a decode step makes one a sequence, however many rows go through the model."""
+    if not phase.tokens or not phase.seconds.bound:
+        return ""
+    tokens = run.scenario.batch_size if phase.name == "decode" else phase.tokens
+    return units.per_second(tokens / phase.seconds.bound)
+
+
+def _floor(phase: PhaseAnalysis) -> Iterator[str]:
+    yield units.seconds(phase.seconds.floor)
+    if phase.seconds.floor:
+        yield f"bound = {units.ratio(phase.seconds.bound / phase.seconds.floor)} floor"
+    yield "no implementation is faster"
+
+
+def _floor_parts(phase: PhaseAnalysis) -> Iterator[str]:
+    floor = phase.floor
+    moved = {
+        "weights": floor.weight_bytes,
+        "cache read": floor.cache_read_bytes,
+        "cache written": floor.cache_written_bytes,
+        "input": floor.input_bytes,
+        "output": floor.output_bytes,
+    }
+    listed = " + ".join(
+        f"{name} {units.byte_count(n)}" for name, n in moved.items() if n >= max(moved.values()) / 1000 and n
+    )
+    kept = f" − {units.byte_count(floor.kept_on_chip_bytes)} on chip" if floor.kept_on_chip_bytes else ""
+    yield f"matmuls {units.seconds(floor.compute_seconds)}"
+    yield f"memory {units.seconds(floor.memory_seconds)}" + (f" = {listed}{kept}" if listed else "")
+
+
+def _shares(phase: PhaseAnalysis) -> Iterator[Text]:
+    for name, share in sorted(phase.bound_share.items(), key=lambda item: -item[1]):
+        bound = Bound(name)
+        text = Text(_FILLS.get(bound, "·") * max(round(share * 20), 1), style=_STYLES[bound])
+        yield text.append(f" {name} {units.percent(share)}", style="default")
+
+
+def _work(phase: PhaseAnalysis) -> Iterator[str]:
+    work = phase.flops
+    if work.matmul_executed == work.matmul:
+        yield f"{units.flops(work.matmul)} matmul"
+    else:
+        executed = units.flops(work.matmul_executed)
+        yield f"{units.flops(work.matmul)} matmul, attention dense ({executed} as executed)"
+    yield f"{units.flops(work.vector)} elementwise"
+    if work.special:
+        yield f"{units.scaled(work.special, '').strip()} exp, rsqrt, ..."
+    yield "1 multiply-add = 2 FLOPs"
+
+
+def _traffic(phase: PhaseAnalysis) -> Iterator[str]:
+    moved = phase.bytes
+    yield f"{units.byte_count(moved.total)}"
+    roles = {
+        "weights": moved.weight,
+        "KV cache": moved.kv_cache,
+        "activations": moved.activation,
+        "input": moved.input,
+        "output": moved.output,
+        "constants": moved.constant,
+    }
+    for name, n in sorted(roles.items(), key=lambda item: -item[1]):
+        if n:
+            yield f"{name} {units.byte_count(n)}"
+
+
+def _side(phase: PhaseAnalysis) -> str:
+    intensity = f"{units.digits(phase.intensity)} FLOP/byte"
+    if not phase.ridge:
+        return f"{intensity}; no matmul peak is published for its dtype"
+    side, other = ("below", "memory") if phase.intensity < phase.ridge else ("above", "compute")
+    return f"{intensity}, {side} the ridge of {units.digits(phase.ridge, trim=True)}: on the {other} side"
+
+
+def _picture(phase: PhaseAnalysis, run: Run, marks: dict[Hotspot, str], options: Options, width: int) -> list[Text]:
+    if not phase.ridge or not phase.seconds.bound:
+        return []
+    roof = Roof(
+        peak=phase.ridge * run.gpu.memory_bandwidth,
+        bandwidth=run.gpu.memory_bandwidth,
+        path=phase.matmul_path,
+    )
+    points = [
+        Point(mark=mark, intensity=row.intensity, performance=row.flops / row.seconds, style=_STYLES[row.bound])
+        for row, mark in marks.items()
+        if row.seconds
+    ]
+    executed = phase.flops.matmul_executed + phase.flops.vector
+    whole = Point(mark="", intensity=phase.intensity, performance=executed / phase.seconds.bound)
+    lines = picture(roof, [*points, whole], min(width, 110), 14, unicode=options.unicode)
+    absent = [mark for row, mark in marks.items() if not row.flops]
+    caption = ["● rows of the table below", "◆ the whole phase"]
+    if absent:
+        caption.append(f"{_listed(absent)}: no FLOPs, only bytes, so not drawn")
+    return lines + [Text(line.plain, style="dim") for line in fact("", caption, width, label_width=14)]
+
+
+def _listed(marks: Sequence[str]) -> str:
+    return ", ".join(marks)
+
+
+def _hotspot_table(rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: Options) -> Iterator[Text]:
+    shown = list(rows[: options.top])
+    rest = rows[options.top :]
+    unit, factor = _time_unit(shown)
+    others = Hotspot(
+        module=f"other ({sum(row.calls for row in rest):,} ops)",
+        op="",
+        calls=0,
+        shape="",
+        dtype="",
+        flops=sum(row.flops for row in rest),
+        bytes=sum(row.bytes for row in rest),
+        intensity=0.0,
+        bound=Bound.FREE,
+        seconds=sum(row.seconds for row in rest),
+        share=sum(row.share for row in rest),
+        place="",
+    )
+    listed = [*shown, *([others] if rest else [])]
+
+    def dimmed(row: Hotspot, cell: str) -> Text:
+        return Text(cell, style="dim" if row is others else "")
+
+    columns = [
+        Column(header="", cells=[Text(marks.get(row, ""), style=f"bold {_STYLES[row.bound]}") for row in listed]),
+        Column(
+            header="module",
+            cells=[dimmed(row, clean(row.module) or "(root)") for row in listed],
+            least=16,
+            keep="end",
+            gap=1,
+        ),
+        Column(header="", cells=[f"×{row.calls}" if row.calls > 1 else "" for row in listed], right=True, gap=1),
+        Column(header="op", cells=[clean(row.op) for row in listed], least=9),
+        Column(header="shapes", cells=[_dimensions(row.shape) for row in listed], least=28, drop=5),
+        Column(header="dtype", cells=[clean(row.dtype) for row in listed], least=7, drop=7),
+        Column(
+            header="FLOP",
+            cells=[dimmed(r, units.scaled(r.flops, "").strip()) for r in listed],
+            right=True,
+            drop=4,
+        ),
+        Column(header="bytes", cells=[dimmed(r, units.byte_count(r.bytes)) for r in listed], right=True, drop=3),
+        Column(
+            header="FLOP/B",
+            cells=[dimmed(r, "" if r is others else units.digits(r.intensity)) for r in listed],
+            right=True,
+            drop=2,
+        ),
+        Column(header="class", cells=[_class(row.bound) if row is not others else "" for row in listed]),
+        Column(
+            header=unit,
+            cells=[dimmed(r, _fixed(r.seconds * factor, shown, factor)) for r in listed],
+            right=True,
+        ),
+        Column(header="share", cells=[dimmed(r, units.percent(r.share)) for r in listed], right=True),
+        Column(
+            header="where",
+            cells=[Text(clean(row.place), style="dim") for row in listed],
+            least=16,
+            keep="line",
+        ),
+    ]
+    what = "ops of one source line, layers folded" if options.by == "op" else "ops of one module, layers folded"
+    yield from fact("", [f"hotspots: {what}", "totals over × calls", "FLOPs as executed"], options.width, label_width=0)
+    yield from table(columns, options.width)
+
+
+def _time_unit(rows: Sequence[Hotspot]) -> tuple[str, float]:
+    most = max((row.seconds for row in rows), default=0.0)
+    return ("s", 1.0) if most >= 10 else ("ms", 1e3) if most >= 1e-2 else ("µs", 1e6)
+
+
+def _fixed(value: float, rows: Sequence[Hotspot], factor: float) -> str:
+    most = max((row.seconds for row in rows), default=0.0) * factor
+    return f"{value:,.{1 if most >= 100 else 2 if most >= 1 else 3}f}"
+
+
+def _dimensions(shape: str) -> str:
+    return clean(shape).replace("x", "×") if "scalar" not in shape else clean(shape)
+
+
+def _class(bound: Bound) -> Text:
+    return Text(bound.value, style=_STYLES[bound])
+
+
+def _caveats(report: Report, width: int) -> Iterator[Text]:
+    """Coverage and assumptions, each said once: those that hold on some of the GPUs only name them."""
+    yield title("what these figures rest on", width, heavy=True)
+    holders: dict[str, list[str]] = {}
+    coverages: dict[tuple[float, int, int, tuple[UnpricedOp, ...]], Coverage] = {}
+    for run in report.runs:
+        for assumption in run.assumptions:
+            holders.setdefault(assumption, []).append(run.gpu.key)
+        known = run.coverage
+        coverages[known.fraction, known.priced, known.free, known.unpriced] = known
+    for coverage in coverages.values():
+        yield from _coverage(coverage, width)
+    yield from fact("versions", _versions(report), width)
+    yield from bullets(
+        (
+            text if len(keys) == len(report.runs) else f"{', '.join(dict.fromkeys(keys))}: {text}"
+            for text, keys in holders.items()
+        ),
+        width,
+    )
+    yield from bullets(report.model.notes, width)
+
+
+def _coverage(coverage: Coverage, width: int) -> Iterator[Text]:
+    unpriced = sum(op.count for op in coverage.unpriced)
+    total = coverage.priced + coverage.free + unpriced
+    counts: list[Cell] = [
+        f"{units.percent(coverage.fraction)} of {total:,} ops",
+        f"{coverage.priced:,} priced",
+        f"{coverage.free:,} free (views, no kernel)",
+        Text(f"{unpriced:,} unpriced", style="red" if unpriced else ""),
+    ]
+    yield from fact("coverage", counts, width)
+    yield from bullets(
+        (
+            f"unpriced: {op.target} ×{op.count}, charged {units.byte_count(op.bytes)}, no FLOPs ({op.example})"
+            for op in coverage.unpriced
+        ),
+        width,
+        style="red",
+    )
+
+
+def _versions(report: Report) -> list[str]:
+    return [
+        f"fxroof {clean(report.fxroof_version)}",
+        f"torch {clean(report.torch_version)}",
+        f"GPU catalogue of {clean(report.catalog_version)}",
+    ]
+
+
+def _without_repeats(values: Iterable[str]) -> list[str]:
+    shown: list[str] = []
+    before = None
+    for value in values:
+        shown.append("" if value == before else keep_start(clean(value), 20))
+        before = value
+    return shown
