@@ -40,11 +40,7 @@ class Floor:
     def total_bytes(self) -> int:
         """Bytes that must cross the memory bus in a step."""
         moved = (
-            self.weight_bytes
-            + self.cache_read_bytes
-            + self.cache_written_bytes
-            + self.input_bytes
-            + self.output_bytes
+            self.weight_bytes + self.cache_read_bytes + self.cache_written_bytes + self.input_bytes + self.output_bytes
         )
         return moved - self.kept_on_chip_bytes
 

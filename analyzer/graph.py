@@ -89,10 +89,13 @@ class Tensor:
 
     @property
     def touched_bytes(self) -> int:
-        """Bytes of distinct memory behind the view: dimensions of stride 0 hold one element."""
+        """Bytes of distinct memory behind the view: at most its elements where the stride is not 0, and at most the
+        stretch of memory from its first element to its last, which overlapping windows share.
+        """
         if 0 in self.shape:
             return 0
-        distinct = prod(size for size, stride in zip(self.shape, self.stride, strict=True) if stride != 0)
+        strided = [(size, stride) for size, stride in zip(self.shape, self.stride, strict=True) if stride != 0]
+        distinct = min(prod(size for size, _ in strided), 1 + sum((size - 1) * stride for size, stride in strided))
         return distinct * ITEM_BITS[self.dtype] // 8
 
 

@@ -112,9 +112,7 @@ def _lookup(namespace: types.ModuleType, path: Path, attribute: str) -> Any:
     found: Any = namespace
     for part in attribute.split("."):
         if not hasattr(found, part):
-            names = [
-                n for n, v in vars(namespace).items() if not n.startswith("_") and _may_be_model(v, namespace)
-            ]
+            names = [n for n, v in vars(namespace).items() if not n.startswith("_") and _may_be_model(v, namespace)]
             raise TargetError(
                 f"{path}: no attribute {attribute!r}.", f"Models in this file: {', '.join(names) or 'none'}."
             )
@@ -138,9 +136,7 @@ def _only_candidate(namespace: types.ModuleType, path: Path) -> tuple[str, nn.Mo
                 built[name] = _build(value, f"{path}:{name}")
             except FxroofError as error:
                 refused.append(f"{name} ({error.message.rsplit(': ', 1)[-1]})")
-        parts = {
-            type(child) for module in built.values() for child in module.modules() if child is not module
-        }
+        parts = {type(child) for module in built.values() for child in module.modules() if child is not module}
         contained = {id(c) for m in built.values() for c in m.modules() if c is not m}
         whole = {
             n: m
@@ -151,9 +147,7 @@ def _only_candidate(namespace: types.ModuleType, path: Path) -> tuple[str, nn.Mo
             return next(iter(whole.items()))
         if whole:
             commands = "\n".join(f"  fxroof analyze {path}:{name}" for name in whole)
-            raise TargetError(
-                f"{path}: {len(whole)} models in this file; say which one.", f"Run one of\n{commands}"
-            )
+            raise TargetError(f"{path}: {len(whole)} models in this file; say which one.", f"Run one of\n{commands}")
     raise TargetError(
         f"{path}: no model found: no nn.Module instance, and no class or function that gives one without arguments"
         + (f"; tried {', '.join(refused[:5])}" if refused else "")
@@ -181,9 +175,7 @@ def _build(value: Any, where: str) -> nn.Module:
     if isinstance(value, nn.Module):
         return value
     if not callable(value):
-        raise TargetError(
-            f"{where} is a {type(value).__name__}, not a model.", "Name a module, a class or a function."
-        )
+        raise TargetError(f"{where} is a {type(value).__name__}, not a model.", "Name a module, a class or a function.")
     arguments = _arguments(value)
     if arguments is None:
         names = ", ".join(p.name for p in _required(value))
@@ -210,12 +202,7 @@ def _arguments(value: Any) -> tuple[Any, ...] | None:
     kind = required[0].annotation
     if isinstance(kind, str):
         kind = getattr(sys.modules.get(value.__module__), kind, None)
-    if (
-        not inspect.isclass(kind)
-        or issubclass(kind, nn.Module)
-        or kind.__module__ == "builtins"
-        or _required(kind)
-    ):
+    if not inspect.isclass(kind) or issubclass(kind, nn.Module) or kind.__module__ == "builtins" or _required(kind):
         return None
     try:
         return (kind(),)
@@ -267,9 +254,7 @@ def _from_config(target: str, path: Path, dtype: str, attention: str) -> Model:
         notes.append(f"transformers runs this architecture with {taken} attention")
     name = path.resolve().name if path.is_dir() else path.resolve().parent.name
     model = _model(module, name, target, "as-is", owned=True)
-    return dataclasses.replace(
-        model, notes=(*notes, f"transformers {transformers.__version__}", *model.notes)
-    )
+    return dataclasses.replace(model, notes=(*notes, f"transformers {transformers.__version__}", *model.notes))
 
 
 def _config_content(file: Path) -> dict[str, Any]:
@@ -280,9 +265,7 @@ def _config_content(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TargetError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict) or not (content.get("model_type") or content.get("architectures")):
-        raise TargetError(
-            f"{file}: neither a saved fxroof report nor a transformers config (it has no model_type)."
-        )
+        raise TargetError(f"{file}: neither a saved fxroof report nor a transformers config (it has no model_type).")
     return content
 
 
@@ -312,9 +295,7 @@ def _user_error(what: str, error: Exception, path: Path | None) -> TargetError:
         return TargetError(error.message, error.hint)
     line = next((f"{f.filename}:{f.lineno}" for f in reversed(list(_frames(error)))), "")
     place = f" at {line}" if line else (f" in {path}" if path else "")
-    return TargetError(
-        f"{what}{place}: {type(error).__name__}: {_line(error)}", "Run with --debug for the traceback."
-    )
+    return TargetError(f"{what}{place}: {type(error).__name__}: {_line(error)}", "Run with --debug for the traceback.")
 
 
 def _frames(error: BaseException) -> Iterator[Any]:

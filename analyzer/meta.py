@@ -192,8 +192,7 @@ def _without_device(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, A
     kwargs.pop("non_blocking", None)
     rest = list(args[1:])
     if rest and (
-        isinstance(rest[0], str | torch.device)
-        or (isinstance(rest[0], int) and not isinstance(rest[0], bool))
+        isinstance(rest[0], str | torch.device) or (isinstance(rest[0], int) and not isinstance(rest[0], bool))
     ):
         del rest[0]
     if rest and isinstance(rest[0], torch.Tensor):
@@ -336,9 +335,7 @@ def _meta_like(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) 
     else:
         source = tensor.untyped_storage()
         if source._cdata not in storages:
-            storages[source._cdata] = torch.empty(
-                source.nbytes(), dtype=torch.uint8, device="meta"
-            ).untyped_storage()
+            storages[source._cdata] = torch.empty(source.nbytes(), dtype=torch.uint8, device="meta").untyped_storage()
         home = storages[source._cdata]
         made = torch.empty(0, dtype=tensor.dtype, device="meta").set_(
             home, tensor.storage_offset(), tensor.size(), tensor.stride()

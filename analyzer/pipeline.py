@@ -51,17 +51,13 @@ def analyze(
         FxroofError: the model cannot be loaded, traced or priced.
         CatalogError: a GPU is unknown.
     """
-    resolved = [
-        load_gpu(name) for name in gpus
-    ]  # before the slow part: a typing error should not cost a trace
+    resolved = [load_gpu(name) for name in gpus]  # before the slow part: a typing error should not cost a trace
     progress("importing torch")
     from .load import from_module, load
 
     progress("building the model on the meta device")
     loaded = (
-        load(model, dtype=dtype, attention=attention)
-        if isinstance(model, str)
-        else from_module(model, dtype=dtype)
+        load(model, dtype=dtype, attention=attention) if isinstance(model, str) else from_module(model, dtype=dtype)
     )
     return _traced(loaded, resolved, scenario or Scenario(), phase, progress)
 
@@ -79,9 +75,7 @@ def reprice(report: Report, *, gpus: Sequence[str]) -> Report:
     return _report(report.model, report.graphs, report.scenario, resolved, report.torch_version)
 
 
-def _traced(
-    model: "Model", resolved: Sequence[Resolved], scenario: Scenario, phase: str, progress: Progress
-) -> Report:
+def _traced(model: "Model", resolved: Sequence[Resolved], scenario: Scenario, phase: str, progress: Progress) -> Report:
     import torch
 
     from .trace import trace
@@ -208,16 +202,12 @@ def _assumptions(
         )
     if any(op.note and "published rate" in op.note for phase, _ in analysed for op in phase.ops):
         yield "some dtypes have no published rate on this part; their arithmetic is left out of the bound"
-    widened = {
-        n for phase, _ in analysed for op in phase.ops for n in op.note.split("; ") if "computed as" in n
-    }
+    widened = {n for phase, _ in analysed for op in phase.ops for n in op.note.split("; ") if "computed as" in n}
     yield from sorted(widened)
     if gpu.memory_usable_is_estimate:
         yield "usable memory is estimated from the label"
     if any(
-        operator_name(o.target) == "aten.cat" and _grows_cache(g, o.outputs)
-        for g in graphs.values()
-        for o in g.ops
+        operator_name(o.target) == "aten.cat" and _grows_cache(g, o.outputs) for g in graphs.values() for o in g.ops
     ):
         yield "the KV cache grows by concatenation: each step reads and writes all of it"
 

@@ -151,12 +151,8 @@ class _Builder:
                 value = program.state_dict.get(target, program.constants.get(target))
                 env[node] = _as_meta(value)
                 if isinstance(env[node], torch.Tensor):
-                    weight = spec.kind == kinds.PARAMETER or (
-                        spec.kind == kinds.BUFFER and bool(spec.persistent)
-                    )
-                    self._tensor(
-                        env[node], self._unprefixed(target), Role.WEIGHT if weight else Role.CONSTANT
-                    )
+                    weight = spec.kind == kinds.PARAMETER or (spec.kind == kinds.BUFFER and bool(spec.persistent))
+                    self._tensor(env[node], self._unprefixed(target), Role.WEIGHT if weight else Role.CONSTANT)
         return inputs
 
     def _run(self, graph_module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
@@ -205,9 +201,7 @@ class _Builder:
         self._add(node, f"higher_order.{name}", {"args": tuple(self._ref(t) for t in flat)}, (), result)
         return result
 
-    def _record(
-        self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any
-    ) -> None:
+    def _record(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> None:
         bound: dict[str, Arg] = {}
         writes: list[str] = []
         for position, parameter in enumerate(target._schema.arguments):
@@ -224,9 +218,7 @@ class _Builder:
                 writes.append(parameter.name)
         self._add(node, str(target), bound, tuple(writes), result)
 
-    def _add(
-        self, node: fx.Node, target: str, args: Mapping[str, Arg], mutates: tuple[str, ...], result: Any
-    ) -> None:
+    def _add(self, node: fx.Node, target: str, args: Mapping[str, Arg], mutates: tuple[str, ...], result: Any) -> None:
         stack = node.meta.get("nn_module_stack") or {}
         path, kind = next(reversed(stack.values()), ("", ""))
         span, user_span = _spans(node.meta.get("stack_trace") or "")
@@ -238,9 +230,7 @@ class _Builder:
                 module_type=(kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1],
                 args=args,
                 outputs=tuple(
-                    self._tensor(t, node.name)
-                    for t in pytree.tree_leaves(result)
-                    if isinstance(t, torch.Tensor)
+                    self._tensor(t, node.name) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)
                 ),
                 mutates=mutates,
                 span=span,
@@ -275,9 +265,7 @@ class _Builder:
         return self.tensors.setdefault(tensor, len(self.tensors))
 
     def _outputs(self, returned: Any) -> tuple[int, ...]:
-        return tuple(
-            self._tensor(t, "output") for t in pytree.tree_leaves(returned) if isinstance(t, torch.Tensor)
-        )
+        return tuple(self._tensor(t, "output") for t in pytree.tree_leaves(returned) if isinstance(t, torch.Tensor))
 
     def _carried(self, returned: Any) -> Any:
         spec = self.program.call_spec.out_spec
@@ -291,9 +279,7 @@ class _Builder:
         written = {tensors[i].storage for op in self.ops for i in graph.mutated(op)}
         returned = {tensors[i].storage for i in outputs}
         kept = {tensors[i].storage for i in carried}
-        floating = {
-            t.storage for t in tensors if t.dtype.startswith(("float", "bfloat")) and len(t.shape) > 1
-        }
+        floating = {t.storage for t in tensors if t.dtype.startswith(("float", "bfloat")) and len(t.shape) > 1}
         storages = []
         for index, (nbytes, role, name) in enumerate(self.roles):
             final = role
@@ -422,9 +408,7 @@ def _user_frame(error: BaseException) -> str:
         step = cause.__traceback__
         while step is not None:
             file = step.tb_frame.f_code.co_filename
-            if not file.startswith((_TORCH, _OURS, "<", sys.prefix + "/bin")) and not file.startswith(
-                _STDLIB
-            ):
+            if not file.startswith((_TORCH, _OURS, "<", sys.prefix + "/bin")) and not file.startswith(_STDLIB):
                 innermost = f"{_shown_path(file)[0]}:{step.tb_lineno}"
             step = step.tb_next
         cause = cause.__cause__ or cause.__context__

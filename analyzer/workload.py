@@ -183,8 +183,7 @@ def _passed_cache(
         )
     if phase in ("all", "decode"):
         cache = tuple(
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-            for t in tensors_in(template)
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors_in(template)
         )
         programs.append(
             Program(
@@ -222,9 +221,7 @@ def _own_cache_by_position(model: Model, scenario: Scenario, phase: str) -> Work
                     cache_fill=fill,
                 )
             )
-    return Workload(
-        programs=tuple(programs), scenario=scenario, cache_kind=f"owned by the model, {capacity} positions"
-    )
+    return Workload(programs=tuple(programs), scenario=scenario, cache_kind=f"owned by the model, {capacity} positions")
 
 
 def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workload:
@@ -245,9 +242,7 @@ def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workloa
     return Workload(programs=tuple(programs), scenario=scenario, cache_kind="owned by the model")
 
 
-def _no_cache(
-    model: Model, scenario: Scenario, phase: str, arguments: Mapping[str, inspect.Parameter]
-) -> Workload:
+def _no_cache(model: Model, scenario: Scenario, phase: str, arguments: Mapping[str, inspect.Parameter]) -> Workload:
     """Models without a cache: a decode step is a forward over the whole prefix."""
     wanted = [n for n, p in list(arguments.items())[1:] if p.default is inspect.Parameter.empty]
     _require(not wanted, _unknown_inputs(model, arguments), _HOOK)
@@ -299,11 +294,7 @@ def _from_hook(model: Model, scenario: Scenario, phase: str) -> Workload:
             continue
         names = tuple(given) if isinstance(given, Mapping) else ()
         values = (
-            tuple(given.values())
-            if isinstance(given, Mapping)
-            else given
-            if isinstance(given, tuple)
-            else (given,)
+            tuple(given.values()) if isinstance(given, Mapping) else given if isinstance(given, tuple) else (given,)
         )
         values = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), values)
         length = {"prefill": scenario.input_len, "decode": 1, "forward": 0}[name]

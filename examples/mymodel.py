@@ -61,9 +61,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor, past: KV | None
-    ) -> tuple[Tensor, KV]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor, past: KV | None) -> tuple[Tensor, KV]:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
@@ -111,9 +109,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor, past: KV | None
-    ) -> tuple[Tensor, KV]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, causal: Tensor, past: KV | None) -> tuple[Tensor, KV]:
         h, past = self.attn(self.attn_norm(x), cos, sin, causal, past)
         x = x + h
         return x + self.mlp(self.mlp_norm(x)), past

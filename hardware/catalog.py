@@ -115,9 +115,7 @@ def _without_vendor(name: str) -> str:
 def _unknown_name(name: str) -> CatalogError:
     shown = name if len(name) <= 60 else f"{name[:57]}..."
     keys_by_name = {
-        _normalized(known): gpu.key
-        for gpu in all_gpus()
-        for known in (*gpu.aliases, *gpu.shorthands, gpu.key)
+        _normalized(known): gpu.key for gpu in all_gpus() for known in (*gpu.aliases, *gpu.shorthands, gpu.key)
     }
     close = difflib.get_close_matches(_normalized(shown), keys_by_name, n=6)
     nearest = list(dict.fromkeys(keys_by_name[known] for known in close))[:3]
@@ -137,9 +135,7 @@ def _read(path: Path, *, shipped: bool) -> Gpu:
 def _document(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            raise CatalogError(
-                f"{path}: no such file", "give the path of a TOML file, or a name from `fxroof gpus`"
-            )
+            raise CatalogError(f"{path}: no such file", "give the path of a TOML file, or a name from `fxroof gpus`")
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise CatalogError(f"{path}: larger than 1 MiB", "a GPU's file holds one table of figures")
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -214,9 +210,7 @@ class _File:
             for key in self._are_texts(f"{where}.keys", source.get("keys")):
                 self._check_figure(f"{where}.keys", key)
                 if key in source_of:
-                    self._fail(
-                        key, f"has two sources, {source_of[key][0]} and {source_id}", "name the better one"
-                    )
+                    self._fail(key, f"has two sources, {source_of[key][0]} and {source_id}", "name the better one")
                 source_of[key] = (source_id, title, kind)
         return source_of
 
@@ -260,9 +254,7 @@ class _File:
 
     def _check_figure(self, where: str, key: str) -> None:
         if key not in self._document or key not in UNITS:
-            self._fail(
-                where, f"names {_shown(key)}, which is no figure of this file", "correct or remove the name"
-            )
+            self._fail(where, f"names {_shown(key)}, which is no figure of this file", "correct or remove the name")
 
     def _text(self, key: str) -> str:
         return self._is_text(key, self._document[key])

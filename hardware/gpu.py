@@ -171,9 +171,7 @@ class Gpu:
         peak = (self.tensor if unit == "tensor" else self.vector).get(dtype)
         if peak is None:
             return None
-        return Rate(
-            flops_per_second=peak, unit=unit, dtype=dtype, widened_from=None if dtype == wanted else wanted
-        )
+        return Rate(flops_per_second=peak, unit=unit, dtype=dtype, widened_from=None if dtype == wanted else wanted)
 
 
 def from_figures(
@@ -369,9 +367,7 @@ def _vector_dtype(dtype: str) -> str:
     return "float32" if re.fullmatch(r"bool|u?int\d+", dtype) else _matmul_dtype(dtype)
 
 
-def _usable_memory(
-    vendor: str, memory_type: str, numbers: Mapping[str, float | int]
-) -> tuple[Bytes | None, bool]:
+def _usable_memory(vendor: str, memory_type: str, numbers: Mapping[str, float | int]) -> tuple[Bytes | None, bool]:
     if "memory_usable_bytes" in numbers:
         return Bytes(int(numbers["memory_usable_bytes"])), False
     # inline ECC of GDDR cards takes a sixteenth of the label, which only the reported total shows

@@ -426,9 +426,7 @@ def _named(call: Call, attention: Attention, name: BackendName, band: _Band) -> 
     return _fused_cost(call, attention, (), Backend(name), band)
 
 
-def _fused_cost(
-    call: Call, attention: Attention, steps: tuple[Step, ...], backend: Backend, band: _Band
-) -> Cost:
+def _fused_cost(call: Call, attention: Attention, steps: tuple[Step, ...], backend: Backend, band: _Band) -> Cost:
     """Cost of one kernel that keeps scores on chip, after what was prepared for it.
 
     Matmul FLOPs: 2 * B * Hq * pairs * (D + Dv), over the pairs that the causal mask leaves; dense over S * T.
@@ -663,14 +661,10 @@ def _refused_rank(attention: Attention) -> str | None:
 
 def _not_one_of(attention: Attention, dtypes: tuple[str, ...]) -> tuple[bool, str]:
     given = {tensor.dtype: None for tensor in (attention.query, attention.key, attention.value)}
-    return len(given) > 1 or next(
-        iter(given)
-    ) not in dtypes, f"{_words(given)} instead of {' or '.join(dtypes)}"
+    return len(given) > 1 or next(iter(given)) not in dtypes, f"{_words(given)} instead of {' or '.join(dtypes)}"
 
 
-def _outside(
-    capability: tuple[int, int], limits: tuple[tuple[int, int], tuple[int, int]]
-) -> tuple[bool, str]:
+def _outside(capability: tuple[int, int], limits: tuple[tuple[int, int], tuple[int, int]]) -> tuple[bool, str]:
     low, high = limits
     words = f"SM {capability[0]}.{capability[1]} outside {low[0]}.{low[1]} to {high[0]}.{high[1]}"
     return not low <= capability <= high, words
@@ -714,9 +708,7 @@ def _refused_strides(attention: Attention, *, ignore_single: bool) -> tuple[tupl
     )
 
 
-def _refused_heads(
-    attention: Attention, *, gqa: bool, same_heads: bool = True
-) -> tuple[tuple[bool, str], ...]:
+def _refused_heads(attention: Attention, *, gqa: bool, same_heads: bool = True) -> tuple[tuple[bool, str], ...]:
     batches = {tensor.shape[0] for tensor in (attention.query, attention.key, attention.value)}
     query, key, value = (t.shape[-3] for t in (attention.query, attention.key, attention.value))
     different_batch = (len(batches) > 1, "batch sizes of query, key and value differ")
@@ -812,9 +804,7 @@ class _Kernels:
         return self.contiguous(f"copy for {name}", operand)
 
 
-def _repeat_heads(
-    kernels: _Kernels, attention: Attention, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
+def _repeat_heads(kernels: _Kernels, attention: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     heads = attention.query.shape[-3]
     if key.shape[-3] == heads == value.shape[-3]:
         return key, value

@@ -84,6 +84,9 @@ def keep_line(place: str, width: int) -> str:
 _SHORTEN = {"start": keep_start, "end": keep_end, "line": keep_line}
 
 
+_MOST_LEAST = 999
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
     """A table column.
@@ -101,7 +104,7 @@ class Column:
     header: str
     cells: Sequence[Cell]
     right: bool = False
-    least: int = 1000
+    least: int = _MOST_LEAST + 1
     drop: int = 0
     keep: Literal["start", "end", "line"] = "start"
     gap: int = 2
@@ -113,24 +116,27 @@ class Column:
 
     @property
     def minimum(self) -> int:
-        """Width that it can be squeezed to."""
+        """Width that it can be squeezed to before other columns are dropped."""
         return min(self.natural, max(self.least, cell_len(self.header)))
+
+    @property
+    def smallest(self) -> int:
+        """Width that it can be squeezed to when nothing is left to drop: room for a line number, no less."""
+        return self.natural if self.right or self.least > _MOST_LEAST else max(9, cell_len(self.header))
 
 
 def table(columns: Sequence[Column], width: int, *, indent: int = 0) -> list[Text]:
-    """A header and the rows, columns dropped and squeezed until they fit."""
+    """A header and the rows. Columns are dropped, then squeezed to their least, then below it, until they fit."""
     shown = [c for c in columns if any(_length(cell) for cell in c.cells)]
     available = width - indent
-    while sum(c.minimum + c.gap for c in shown) > available and any(c.drop for c in shown):
+    while _needed(shown, [c.minimum for c in shown]) > available and any(c.drop for c in shown):
         shown.remove(max(shown, key=lambda c: c.drop))
     widths = [c.natural for c in shown]
-    available -= sum(c.gap for c in shown[1:])
-    while (excess := sum(widths) - available) > 0:
-        slack = [w - c.minimum for w, c in zip(widths, shown, strict=True)]
-        if max(slack, default=0) <= 0:
-            break
-        widest = max(range(len(widths)), key=lambda i: (slack[i] > 0, widths[i]))
-        widths[widest] -= min(slack[widest], max(1, excess // 4))
+    for least in ([c.minimum for c in shown], [min(c.minimum, c.smallest) for c in shown]):
+        while (excess := _needed(shown, widths) - available) > 0 and widths != least:
+            slack = [w - m for w, m in zip(widths, least, strict=True)]
+            widest = max(range(len(widths)), key=lambda i: (slack[i] > 0, widths[i]))
+            widths[widest] -= min(slack[widest], max(1, excess // 4))
     rows = [[Text(c.header, style="dim") for c in shown]]
     rows += [[as_text(c.cells[i]) for c in shown] for i in range(len(columns[0].cells))]
     return [_row(row, shown, widths, indent) for row in rows]
@@ -212,6 +218,10 @@ def _row(cells: Sequence[Text], columns: Sequence[Column], widths: Sequence[int]
         else:
             line.append_text(cell).append(blank)
     return line
+
+
+def _needed(columns: Sequence[Column], widths: Sequence[int]) -> int:
+    return sum(widths) + sum(column.gap for column in columns[1:])
 
 
 def _length(cell: Cell) -> int:

@@ -124,8 +124,7 @@ def test_10_a_large_square_gemm_has_500_flops_per_byte(n: int) -> None:
 
 def test_11_sequences_share_one_weight_read_until_the_cache_takes_over() -> None:
     phases = {
-        n: analyze_phase(traced("llama-3-8b", Scenario(batch_size=n)).graphs["decode"], H100)[0]
-        for n in (1, 32, 256)
+        n: analyze_phase(traced("llama-3-8b", Scenario(batch_size=n)).graphs["decode"], H100)[0] for n in (1, 32, 256)
     }
     embedding_rows = 31 * 4096 * 2
     assert phases[32].bytes.weight - phases[1].bytes.weight == embedding_rows

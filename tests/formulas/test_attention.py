@@ -163,9 +163,7 @@ def test_ops_asked_for_by_name_agree_with_pytorchs_counter(overload, extra, caus
     assert written(cost) == 2 * 4 * 5 * 64 * 2
 
 
-@pytest.mark.parametrize(
-    "overload", [aten._flash_attention_forward.default, aten._efficient_attention_forward.default]
-)
+@pytest.mark.parametrize("overload", [aten._flash_attention_forward.default, aten._efficient_attention_forward.default])
 def test_token_major_ops_count_tokens_as_tokens(overload):
     q, k, v = (t.transpose(1, 2) for t in qkv(queries=5, keys=12))
     flash = overload is aten._flash_attention_forward.default
@@ -262,9 +260,7 @@ def places(tensor: torch.Tensor, rows) -> set[int]:
     layout=st.sampled_from(LAYOUTS[:5]),
     causal=st.booleans(),
 )
-def test_a_fused_kernel_touches_what_some_query_sees_once(
-    batch, group, kv_heads, queries, keys, layout, causal
-):
+def test_a_fused_kernel_touches_what_some_query_sees_once(batch, group, kv_heads, queries, keys, layout, causal):
     shape = {
         "batch": batch,
         "queries": queries,
@@ -317,9 +313,7 @@ def test_steps_of_a_fused_kernel_add_up_to_its_cost():
     q, k, v = qkv(queries=4, keys=16)
     mask = torch.ones(2, 1, 4, 16, dtype=torch.bool, device="meta")
     cost = price(one_op(sdpa, q, k, v, mask), "a100")
-    steps = fused_steps(
-        Attention(query=plain(q), key=plain(k), value=plain(v), mask=plain(mask)), "efficient"
-    )
+    steps = fused_steps(Attention(query=plain(q), key=plain(k), value=plain(v), mask=plain(mask)), "efficient")
     assert sum(step.bytes_read for step in steps) == read(cost) + cost.scratch_read
     assert sum(step.bytes_written for step in steps) == written(cost) + cost.scratch_written
 
@@ -550,9 +544,7 @@ def test_the_table_covers_all_cases():
         (
             "mi300x",
             "value 32",
-            "; ".join(
-                f"{name}: head_dim of query, key and value differ (64, 32)" for name in ("flash", "efficient")
-            ),
+            "; ".join(f"{name}: head_dim of query, key and value differ (64, 32)" for name in ("flash", "efficient")),
         ),
     ],
 )

@@ -141,9 +141,7 @@ def test_a_user_file_needs_no_sources(tmp_path):
 
 def test_a_user_file_may_cite_some_figures(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(
-        MINIMAL + 'sm_count = 4\nlow_confidence_keys = ["sm_count"]\n' + SOURCE.format(keys='"sm_count"')
-    )
+    path.write_text(MINIMAL + 'sm_count = 4\nlow_confidence_keys = ["sm_count"]\n' + SOURCE.format(keys='"sm_count"'))
     cited = {f.key: (f.source_id, f.confidence) for f in load(path).gpu.figures}
     assert cited == {"memory_bandwidth_gb_per_s": ("user", "unstated"), "sm_count": ("s", "low")}
 

@@ -207,9 +207,7 @@ def test_usable_memory_lies_below_the_label_read_as_gib(part):
     assert 0.9 * label_gib <= part.memory_usable_bytes / GIB <= 1.0005 * label_gib
 
 
-@pytest.mark.parametrize(
-    ("key", "gib"), [("t4", 15), ("l4", 22.5), ("a10g", 22.5), ("l40s", 45), ("rtx_4090", 24)]
-)
+@pytest.mark.parametrize(("key", "gib"), [("t4", 15), ("l4", 22.5), ("a10g", 22.5), ("l40s", 45), ("rtx_4090", 24)])
 def test_inline_ecc_is_taken_off_gddr_cards(key, gib):
     part = gpu(key)
     assert part.memory_usable_is_estimate
@@ -346,9 +344,7 @@ def test_vector_rate(key, dtype, path, tflops, widened_from):
     assert rate.flops_per_second == pytest.approx(tflops * 1e12)
 
 
-@pytest.mark.parametrize(
-    ("key", "dtype"), [("gb300", "float64"), ("tpu_v4", "float32"), ("gaudi3", "float32")]
-)
+@pytest.mark.parametrize(("key", "dtype"), [("gb300", "float64"), ("tpu_v4", "float32"), ("gaudi3", "float32")])
 def test_vector_rate_without_source_is_none(key, dtype):
     assert gpu(key).vector_rate(dtype) is None
 

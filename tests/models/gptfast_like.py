@@ -71,9 +71,7 @@ class Transformer(nn.Module):
         self.max_batch_size = max_batch_size
         dtype = self.output.weight.dtype
         for b in self.layers:
-            b.attention.kv_cache = KVCache(
-                max_batch_size, max_seq_length, config.n_local_heads, config.head_dim, dtype
-            )
+            b.attention.kv_cache = KVCache(max_batch_size, max_seq_length, config.n_local_heads, config.head_dim, dtype)
         freqs_cis = precompute_freqs_cis(config.block_size, config.head_dim, config.rope_base, dtype)
         self.register_buffer("freqs_cis", freqs_cis, persistent=False)
         causal_mask = torch.tril(torch.ones(max_seq_length, max_seq_length, dtype=torch.bool))

@@ -53,9 +53,7 @@ class VisionTransformer(nn.Module):
             )
             self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         else:
-            self.encoder = nn.Sequential(
-                *[MHABlock(hidden_dim, num_heads, mlp_dim) for _ in range(num_layers)]
-            )
+            self.encoder = nn.Sequential(*[MHABlock(hidden_dim, num_heads, mlp_dim) for _ in range(num_layers)])
         self.ln = nn.LayerNorm(hidden_dim, eps=1e-6)
         self.head = nn.Linear(hidden_dim, num_classes)
         nn.init.normal_(self.pos_embedding, std=0.02)

@@ -1,0 +1,26 @@
+"""Options and fixtures for all tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-goldens", action="store_true", help="Write the golden files anew instead of comparing with them."
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare text with a file in `goldens/` beside the test, or write the file with --update-goldens."""
+
+    def check(name: str, text: str) -> None:
+        path = Path(request.path).parent / "goldens" / name
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} differs: --update-goldens, then git diff"
+
+    return check

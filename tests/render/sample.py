@@ -1,0 +1,280 @@
+"""A report with fixed figures, built by hand: what a renderer is given, independent of formulas and torch."""
+
+from dataclasses import replace
+
+from fxroof.analyzer.analysis import (
+    ByteTotals,
+    Coverage,
+    FlopTotals,
+    OpAnalysis,
+    PhaseAnalysis,
+    Times,
+    UnpricedOp,
+)
+from fxroof.analyzer.cost import Status
+from fxroof.analyzer.floor import Floor
+from fxroof.analyzer.report import GpuInfo, ModelInfo, Report, Run
+from fxroof.analyzer.roofline import Bound, Lanes
+from fxroof.analyzer.scenario import Scenario
+
+BANDWIDTH, PEAK, VECTOR, SPECIAL = 8e12, 2e15, 8e13, 1e13
+LAYERS, BATCH, PROMPT, CONTEXT, WIDTH, VOCABULARY = 4, 2, 1024, 1152, 2048, 32000
+SCENARIO = Scenario(batch_size=BATCH, input_len=PROMPT, output_len=256, lengths_given=True)
+
+
+def op(
+    name: str,
+    target: str,
+    *,
+    module: str = "",
+    line: int = 0,
+    matmul: float = 0.0,
+    vector: float = 0.0,
+    special: float = 0.0,
+    read: float = 0.0,
+    written: float = 0.0,
+    status: Status = Status.PRICED,
+    shape: str = "",
+    backend: str = "",
+    file: str = "models/small_gpt.py",
+    executed: float | None = None,
+    scale: float = 1.0,
+) -> OpAnalysis:
+    done = matmul if executed is None else executed
+    moved = read + written
+    lanes = Lanes(
+        tensor=done / PEAK * scale,
+        vector=vector / VECTOR * scale,
+        special=special / SPECIAL * scale,
+        memory=moved / BANDWIDTH * scale,
+    )
+    seconds, bound = max(
+        (lanes.memory, Bound.MEMORY),
+        (lanes.tensor, Bound.COMPUTE),
+        (lanes.vector, Bound.COMPUTE),
+        (lanes.special, Bound.SPECIAL),
+        key=lambda lane: lane[0],
+    )
+    return OpAnalysis(
+        name=name,
+        target=target,
+        module=module,
+        file=file if line else "",
+        line=line,
+        library_file="",
+        library_line=0,
+        status=status,
+        shape=shape,
+        dtype="bfloat16",
+        flops=matmul + vector,
+        flops_executed=done + vector,
+        special=special,
+        bytes_read=int(read),
+        bytes_written=int(written),
+        intensity=(done + vector) / moved if moved else 0.0,
+        ridge=PEAK / BANDWIDTH,
+        bound=bound if seconds else Bound.FREE,
+        seconds=seconds,
+        lanes=lanes,
+        backend=backend,
+    )
+
+
+def phase(name: str, rows: int, keys: int, *, scale: float = 1.0) -> PhaseAnalysis:
+    """Ops of a small decoder: `rows` tokens of each sequence against `keys` cached ones."""
+    n, ops = BATCH * rows, []
+    row = 2 * WIDTH
+    for layer in range(LAYERS):
+        block = f"blocks.{layer}"
+        for target, line in (("aten.pow.Tensor_Scalar", 12), ("aten.mean.dim", 12)):
+            ops.append(
+                op(
+                    f"{target}_{layer}",
+                    target,
+                    module=f"{block}.norm",
+                    line=line,
+                    vector=n * WIDTH,
+                    read=n * row,
+                    written=n * row,
+                    shape=f"{BATCH}x{rows}x{WIDTH} -> {BATCH}x{rows}x{WIDTH}",
+                    scale=scale,
+                )
+            )
+        ops.append(op(f"view_{layer}", "aten.view.default", module=f"{block}.attn", line=20, status=Status.FREE))
+        for part, line in (("attn.q_proj", 19), ("attn.k_proj", 20), ("mlp.down", 41)):
+            ops.append(
+                op(
+                    f"{part}_{layer}",
+                    "aten.linear.default",
+                    module=f"{block}.{part}",
+                    line=line,
+                    matmul=2.0 * n * WIDTH * WIDTH,
+                    read=2 * WIDTH * WIDTH + n * row,
+                    written=n * row,
+                    shape=f"{BATCH}x{rows}x{WIDTH}, {WIDTH}x{WIDTH} -> {BATCH}x{rows}x{WIDTH}",
+                    scale=scale,
+                )
+            )
+        scores = 4.0 * n * keys * WIDTH
+        ops += [
+            op(
+                f"sdpa_{layer}",
+                "aten.scaled_dot_product_attention.default",
+                module=f"{block}.attn",
+                line=27,
+                matmul=scores,
+                executed=scores / 2 if rows > 1 else scores,
+                special=n * keys * 16,
+                read=2 * BATCH * keys * row,
+                written=n * row,
+                shape=f"{BATCH}x16x{rows}x128, {BATCH}x16x{keys}x128, {BATCH}x16x{keys}x128 -> {BATCH}x16x{rows}x128",
+                backend="cudnn",
+                scale=scale,
+            ),
+            op(
+                f"cat_{layer}",
+                "aten.cat.default",
+                module=f"{block}.attn",
+                line=24,
+                read=BATCH * keys * row,
+                written=BATCH * keys * row,
+                shape=f"{BATCH}x16x{keys - rows}x128, {BATCH}x16x{rows}x128 -> {BATCH}x16x{keys}x128",
+                scale=scale,
+            ),
+        ]
+    ops.append(
+        op(
+            "lm_head",
+            "aten.linear.default",
+            module="lm_head",
+            line=58,
+            matmul=2.0 * n * WIDTH * VOCABULARY,
+            read=2 * WIDTH * VOCABULARY + n * row,
+            written=2 * n * VOCABULARY,
+            shape=f"{BATCH}x{rows}x{WIDTH}, {VOCABULARY}x{WIDTH} -> {BATCH}x{rows}x{VOCABULARY}",
+            scale=scale,
+        )
+    )
+    ops.append(
+        op(
+            "mystery",
+            "mylib.mystery.default",
+            module="head",
+            line=60,
+            read=n * row,
+            status=Status.UNPRICED,
+            scale=scale,
+        )
+    )
+    return summed(name, n, tuple(ops), scale=scale)
+
+
+def summed(name: str, tokens: int, ops: tuple[OpAnalysis, ...], *, scale: float = 1.0) -> PhaseAnalysis:
+    bound = sum(o.seconds for o in ops)
+    read, written = sum(o.bytes_read for o in ops), sum(o.bytes_written for o in ops)
+    weights = 2 * WIDTH * (WIDTH * 3 * LAYERS + VOCABULARY)
+    share: dict[str, float] = {}
+    for o in ops:
+        share[o.bound.value] = share.get(o.bound.value, 0.0) + o.seconds / bound
+    flops = sum(o.flops for o in ops)
+    executed = sum(o.flops_executed for o in ops)
+    compute = executed / PEAK * scale
+    return PhaseAnalysis(
+        name=name,
+        tokens=tokens,
+        seconds=Times(floor=max(compute, weights / BANDWIDTH * scale), bound=bound),
+        flops=FlopTotals(matmul=flops, matmul_executed=executed, vector=1.5e7, special=3e6),
+        bytes=ByteTotals(
+            total=read + written,
+            read=read,
+            written=written,
+            weight=weights,
+            kv_cache=0,
+            activation=read + written - weights - 8192,
+            input=8192,
+            output=0,
+            constant=0,
+        ),
+        floor=Floor(
+            weight_bytes=weights,
+            cache_read_bytes=75497472,
+            cache_written_bytes=0,
+            input_bytes=8192,
+            output_bytes=128000,
+            kept_on_chip_bytes=50000000,
+            memory_seconds=weights / BANDWIDTH * scale,
+            compute_seconds=compute,
+        ),
+        intensity=executed / (read + written),
+        ridge=PEAK / BANDWIDTH,
+        bound=Bound(max(share, key=lambda key: share[key])),
+        bound_share={key: value for key, value in sorted(share.items()) if value},
+        mfu=compute / bound,
+        mbu=(read + written) / BANDWIDTH * scale / bound,
+        tokens_per_second=tokens / bound,
+        ops=ops,
+        matmul_path="tensor bfloat16",
+    )
+
+
+def gpu(key: str, name: str, *, note: str = "", memory: int | None = 190_000_000_000) -> GpuInfo:
+    return GpuInfo(
+        key=key,
+        name=name,
+        note=note,
+        memory_bandwidth=BANDWIDTH,
+        memory_bytes=memory,
+        cache_bytes=50_000_000,
+        matmul_peaks={"bfloat16": PEAK},
+        ridges={"bfloat16": PEAK / BANDWIDTH},
+        confidence="high",
+    )
+
+
+def run(info: GpuInfo, *, scale: float = 1.0) -> Run:
+    phases = (phase("prefill", PROMPT, PROMPT, scale=scale), phase("decode", 1, CONTEXT, scale=scale))
+    unpriced = UnpricedOp(target="mylib.mystery.default", count=2, bytes=8396800, example="models/small_gpt.py:60")
+    return Run(
+        scenario=SCENARIO,
+        gpu=info,
+        coverage=Coverage(fraction=0.97, priced=60, free=8, unpriced=(unpriced,)),
+        phases=phases,
+        assumptions=("times are bounds from vendor peaks (dense)", f"known of {info.key} only"),
+    )
+
+
+def report(*, several: bool = False) -> Report:
+    runs = [run(gpu("x100", "Example X100", note="x means x100 (Example X100)"))]
+    if several:
+        runs.append(run(gpu("y50_sxm", "Example Y50 with a rather long name", memory=100_000_000), scale=2.5))
+    return Report(
+        fxroof_version="1.2.3",
+        torch_version="2.13.0",
+        catalog_version="2026-01-01",
+        model=ModelInfo(
+            name="SmallGPT",
+            source="models/small_gpt.py:build",
+            parameters=115_867_648,
+            parameter_bytes=231_735_296,
+            dtypes={"bfloat16": 115_867_648},
+            cache_kind="passed as `cache`",
+            notes=("a note about loading",),
+        ),
+        scenario=SCENARIO,
+        graphs={},
+        runs=tuple(runs),
+    )
+
+
+def renamed(original: Report, text: str) -> Report:
+    """The report with a text of the user's put everywhere that the user's text appears."""
+
+    def place(o: OpAnalysis) -> OpAnalysis:
+        return replace(o, module=f"{o.module}.{text}", file=f"{text}/{o.file}", shape=f"{o.shape} {text}", note=text)
+
+    runs = tuple(
+        replace(r, phases=tuple(replace(p, ops=tuple(map(place, p.ops))) for p in r.phases), assumptions=(text,))
+        for r in original.runs
+    )
+    model = replace(original.model, name=text, source=text, cache_kind=text, notes=(text,))
+    return replace(original, model=model, runs=runs)
