@@ -523,10 +523,11 @@ def print_error(message: str, hint: str = "") -> None:
     from rich.text import Text
 
     console = _stderr()
-    lines = [("error: ", "bold red", message)] + ([("hint: ", "bold", hint)] if hint else [])
     with contextlib.suppress(BrokenPipeError):
-        for label, style, text in lines:
-            console.print(Text(label, style=style).append(_printable(text), style="not bold default"), soft_wrap=True)
+        for label, style, text in (("error: ", "bold red", message), ("hint: ", "bold", hint)):
+            if text:
+                line = Text.assemble((label, "" if console.no_color else style), _printable(text))
+                console.print(line, soft_wrap=True, highlight=False)
 
 
 def _printable(text: str) -> str:

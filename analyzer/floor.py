@@ -57,7 +57,8 @@ def floor(graph: Graph, costs: Sequence[Cost], gpu: Gpu) -> Floor:
     weights = sum(n for s, n in reads.items() if graph.storages[s].role is Role.WEIGHT)
     inputs = sum(n for s, n in reads.items() if graph.storages[s].role is Role.INPUT)
     # only what was there before the step must be read: a cache grown in it is made of that and of new rows
-    cache = sum(n for s, n in reads.items() if graph.storages[s].role is Role.KV_CACHE and s not in makers)
+    old = _read_before_written(graph, costs)
+    cache = sum(n for s, n in old.items() if graph.storages[s].role is Role.KV_CACHE and s not in makers)
     cache_read = int(cache * graph.cache_fill)
     fresh = _fresh_outputs(graph, makers)
     cache_written = _written_in_place(graph, costs, makers) + fresh[Role.KV_CACHE]
@@ -92,6 +93,20 @@ def _distinct_reads(graph: Graph, costs: Sequence[Cost]) -> dict[int, int]:
         storage = graph.tensors[tensor].storage
         by_storage[storage] = min(by_storage.get(storage, 0) + read, graph.storages[storage].nbytes)
     return by_storage
+
+
+def _read_before_written(graph: Graph, costs: Sequence[Cost]) -> dict[int, int]:
+    """Bytes of each storage read that the step did not write itself, rows written before they are read left out."""
+    written: Counter[int] = Counter()
+    read: dict[int, dict[int, int]] = {}
+    for cost in costs:
+        for access in cost.traffic:
+            storage = graph.tensors[access.tensor].storage
+            known = read.setdefault(storage, {})
+            known[access.tensor] = max(known.get(access.tensor, 0), access.read - written[storage])
+        for access in cost.traffic:
+            written[graph.tensors[access.tensor].storage] += access.written
+    return {s: min(sum(max(0, n) for n in by.values()), graph.storages[s].nbytes) for s, by in read.items()}
 
 
 def _makers(graph: Graph) -> dict[int, Op]:

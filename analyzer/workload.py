@@ -202,6 +202,8 @@ def _own_cache_by_position(model: Model, scenario: Scenario, phase: str) -> Work
     capacity = scenario.input_len + scenario.output_len
     with building(), contextlib.redirect_stdout(sys.stderr):
         model.module.setup_caches(scenario.batch_size, capacity)  # type: ignore[operator]  # the user's method
+    allocated = getattr(model.module, "max_seq_length", None)  # a larger cache set up before is kept
+    capacity = max(capacity, allocated) if isinstance(allocated, int) else capacity
     on_meta(model.module, owned=True)
     expose_plain_tensors(model.module)
     names = list(_forward_arguments(model.module))
