@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import ceil, floor, log10
 
 from rich.text import Text
@@ -180,9 +181,10 @@ class _Canvas:
         for row in range(self.rows):
             label = labels.get(row, "")
             line = Text(label.rjust(_GUTTER - 2) + (" ┤" if label else " │"), style="dim")
-            for column in range(self.columns):
-                character, style = self.cells.get((row, column), (" ", ""))
-                line.append(character, style=f"not dim {style}" if "dim" not in style else style)
+            cells = [self.cells.get((row, column), (" ", "")) for column in range(self.columns)]
+            for style, run in groupby(cells, key=lambda cell: cell[1]):
+                text = "".join(character for character, _ in run)
+                line.append(text, style=style if "dim" in style else f"not dim {style}")
             yield line
         yield from self._axis()
 

@@ -130,13 +130,13 @@ def _peaks(run: Run) -> Iterator[Cell]:
         yield f"catalogue figures of {clean(run.gpu.confidence)} confidence"
 
 
-def _memory(model: ModelInfo, run: Run) -> str:
+def _memory(model: ModelInfo, run: Run) -> Cell:
     weights = units.byte_count(model.parameter_bytes)
     if run.gpu.memory_bytes is None:
         return f"capacity unknown; the weights take {weights}"
     usable = units.byte_count(run.gpu.memory_bytes)
     if model.parameter_bytes > run.gpu.memory_bytes:
-        return f"weights do not fit: {weights}, {usable} usable; times are those of one device if they did"
+        return Text(f"weights do not fit: {weights}, {usable} usable; times as if they did", style="red")
     return f"weights fit: {weights} of {usable} (cache and activations not counted)"
 
 
@@ -297,7 +297,7 @@ def _hotspot_table(rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: 
     rest = rows[options.top :]
     unit, factor = _time_unit(shown)
     others = Hotspot(
-        module=f"other ({sum(row.calls for row in rest):,} ops)",
+        module=f"{sum(row.calls for row in rest):,} other ops",
         op="",
         calls=0,
         shape="",
@@ -320,12 +320,12 @@ def _hotspot_table(rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: 
         Column(
             header="module",
             cells=[dimmed(row, clean(row.module) or "(root)") for row in listed],
-            least=16,
+            least=17,
             keep="end",
             gap=1,
         ),
         Column(header="", cells=[f"×{row.calls}" if row.calls > 1 else "" for row in listed], right=True, gap=1),
-        Column(header="op", cells=[clean(row.op) for row in listed], least=9),
+        Column(header="op", cells=[clean(row.op) for row in listed], least=12),
         Column(header="shapes", cells=[_dimensions(row.shape) for row in listed], least=28, drop=5),
         Column(header="dtype", cells=[clean(row.dtype) for row in listed], least=7, drop=7),
         Column(
@@ -351,7 +351,7 @@ def _hotspot_table(rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: 
         Column(
             header="where",
             cells=[Text(clean(row.place), style="dim") for row in listed],
-            least=16,
+            least=18,
             keep="line",
         ),
     ]
