@@ -225,8 +225,8 @@ def _phase(
     least = floor(graph, costs, gpu)
     read, written = (sum(pair[i] for pair in by_role.values()) for i in (0, 1))
     total = read + written
-    executed = sum(c.executed_matmul_flops for c in costs)
-    vector = sum(c.vector_flops for c in costs)
+    executed = fsum(c.executed_matmul_flops for c in costs)
+    vector = fsum(c.vector_flops for c in costs)
     shares: Counter[str] = Counter()
     for op in ops:
         shares[op.bound.value] += op.seconds  # type: ignore[assignment]  # Counter counts seconds here
@@ -241,10 +241,10 @@ def _phase(
         tokens=graph.tokens,
         seconds=Times(floor=least.seconds, bound=bound),
         flops=FlopTotals(
-            matmul=sum(c.matmul_flops for c in costs),
+            matmul=fsum(c.matmul_flops for c in costs),
             matmul_executed=executed,
             vector=vector,
-            special=sum(c.special for c in costs),
+            special=fsum(c.special for c in costs),
         ),
         bytes=ByteTotals(
             total=total,
@@ -260,7 +260,7 @@ def _phase(
         bound_share={key: value / bound for key, value in sorted(shares.items()) if value} if bound else {},
         mfu=least.compute_seconds / bound if bound else 0.0,
         mbu=fsum(op.lanes.memory for op in ops) / bound if bound else 0.0,
-        tokens_per_second=graph.tokens / bound if bound else 0.0,
+        tokens_per_second=graph.new_tokens / bound if bound else 0.0,
         ops=ops,
     )
 
@@ -281,9 +281,9 @@ def _op(graph: Graph, op: Op, cost: Cost, placed: tuple[Placement, int, int] | N
         status=cost.status,
         shape=_shape(graph, op),
         dtype=dtype,
-        flops=cost.matmul_flops + cost.vector_flops,
-        flops_executed=cost.executed_matmul_flops + cost.vector_flops,
-        special=cost.special,
+        flops=float(cost.matmul_flops + cost.vector_flops),
+        flops_executed=float(cost.executed_matmul_flops + cost.vector_flops),
+        special=float(cost.special),
         bytes_read=read,
         bytes_written=written,
         intensity=placement.intensity,

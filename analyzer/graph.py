@@ -89,8 +89,10 @@ class Tensor:
 
     @property
     def touched_bytes(self) -> int:
-        """Bytes of distinct memory behind the view: at most its elements where the stride is not 0, and at most the
-        stretch of memory from its first element to its last, which overlapping windows share.
+        """Bytes of distinct memory behind the view.
+
+        At most its elements in dimensions of non-zero stride, and at most the stretch from its first element to its
+        last, which overlapping windows share.
         """
         if 0 in self.shape:
             return 0
@@ -165,14 +167,16 @@ class Graph:
 
     Attributes:
         phase: `prefill`, `decode` or `forward`.
-        tokens: rows the phase pushes through the model (batch x new tokens); 0 for non-token models.
-        cache_fill: share of the cache the model owns that holds earlier tokens; 1 for caches passed in.
+        tokens: rows the phase pushes through the model (batch x length); 0 for non-token models.
+        new_tokens: tokens that a user gains by the phase: all of a prompt, one a sequence in decode.
+        cache_fill: share of a cache the model owns that holds earlier tokens; 1 for caches passed in.
         inputs: tensors given by the caller, caches included.
         outputs: tensors returned to the caller.
     """
 
     phase: str
     tokens: int = 0
+    new_tokens: int = 0
     cache_fill: float = 1.0
     storages: tuple[Storage, ...] = ()
     tensors: tuple[Tensor, ...] = ()

@@ -88,7 +88,7 @@ def _from_file(target: str, path: Path, attribute: str, dtype: str) -> Model:
         else:
             attribute, module = _only_candidate(namespace, path)
     hook = getattr(namespace, "example_inputs", None)
-    model = _model(module, attribute.rsplit(".", 1)[-1] or type(module).__name__, target, dtype, owned=True)
+    model = _model(module, type(module).__name__, target, dtype, owned=True)
     return dataclasses.replace(model, example_inputs=hook if callable(hook) else None)
 
 

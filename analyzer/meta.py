@@ -283,7 +283,7 @@ def _patched_autocast(mode: _Redirect) -> Iterator[None]:
         mode.autocast.append(self.fast_dtype if self._enabled else None)
         return self
 
-    def leave(self: Any, *_: Any) -> None:
+    def leave(*_: Any) -> None:
         if mode.autocast:
             mode.autocast.pop()
 

@@ -85,15 +85,9 @@ def _traced(model: "Model", resolved: Sequence[Resolved], scenario: Scenario, ph
     with _without_collection():
         workload = plan(model, scenario, phase)
         for program in workload.programs:
-            progress(f"tracing {program.phase}")
-            graphs[program.phase] = trace(
-                program.module,
-                program.args,
-                phase=program.phase,
-                tokens=program.tokens,
-                cache_fill=program.cache_fill,
-                cache=program.cache,
-                prefix=program.prefix,
+            progress(f"tracing {program.phase.name}")
+            graphs[program.phase.name] = trace(
+                program.module, program.args, phase=program.phase, cache=program.cache, prefix=program.prefix
             )
     dtypes: Counter[str] = Counter()
     for parameter in model.module.parameters():
@@ -153,10 +147,10 @@ def _run(graphs: Mapping[str, Graph], scenario: Scenario, resolved: Resolved) ->
             key=gpu.key,
             name=gpu.name,
             note=resolved.note or "",
-            memory_bandwidth=gpu.memory_bandwidth,
+            memory_bandwidth=float(gpu.memory_bandwidth),
             memory_bytes=gpu.memory_usable_bytes,
             cache_bytes=gpu.cache_bytes or 0,
-            matmul_peaks=dict(gpu.tensor),
+            matmul_peaks={dtype: float(peak) for dtype, peak in gpu.tensor.items()},
             ridges={dtype: ridge for dtype in gpu.tensor if (ridge := gpu.ridge(dtype)) is not None},
             confidence=gpu.confidence,
         ),

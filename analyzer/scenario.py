@@ -1,6 +1,24 @@
-"""What is asked of a model: how many sequences, how long."""
+"""What is asked of a model: how many sequences, how long, and the phases that follow from it."""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One way a model is run.
+
+    Attributes:
+        name: `prefill`, `decode` or `forward`.
+        tokens: rows pushed through the model (batch x length); 0 for non-token models.
+        new_tokens: tokens gained by it: all of the prompts, one a sequence in decode.
+        cache_fill: share of a cache that the model owns which earlier tokens fill when the phase starts; 1 for caches
+            passed in.
+    """
+
+    name: str = "forward"
+    tokens: int = 0
+    new_tokens: int = 0
+    cache_fill: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,3 +43,13 @@ class Scenario:
     def context_len(self) -> int:
         """Tokens already in the cache at the mean decode step."""
         return self.input_len + self.output_len // 2
+
+    def phase(self, name: str, *, length: int = 1, cache_fill: float = 1.0) -> Phase:
+        """The phase of that name in which every sequence pushes `length` tokens through the model."""
+        gained = {"prefill": length, "decode": 1}.get(name, 0)
+        return Phase(
+            name=name,
+            tokens=self.batch_size * length,
+            new_tokens=self.batch_size * gained,
+            cache_fill=cache_fill,
+        )

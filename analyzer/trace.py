@@ -24,6 +24,7 @@ from .errors import TraceError
 from .formulas.attention import Attention, is_fused_somewhere, traced_output_stride
 from .graph import Arg, Graph, Op, Role, Span, Storage, Tensor, TensorRef
 from .meta import tracing
+from .scenario import Phase
 
 RESULT, CACHE = "result", "cache"
 """Keys under which a program may return its tensors, to say which of them are carried to the next step."""
@@ -37,9 +38,7 @@ def trace(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    phase: str = "forward",
-    tokens: int = 0,
-    cache_fill: float = 1.0,
+    phase: Phase | None = None,
     cache: Iterable[torch.Tensor] = (),
     prefix: str = "",
 ) -> Graph:
@@ -49,9 +48,7 @@ def trace(
         module: all of whose tensors are on meta; see `meta.on_meta`.
         args: example inputs on meta.
         kwargs: further example inputs by name.
-        phase: name of the phase, kept in the graph.
-        tokens: rows the phase pushes through the model.
-        cache_fill: see `Graph`.
+        phase: what the graph is a phase of; a plain forward when not given.
         cache: those of the inputs that are carried from step to step.
         prefix: attribute under which the user's model hangs in `module`, left out of module names.
 
@@ -59,9 +56,7 @@ def trace(
         TraceError: export failed; the message names the user's line.
     """
     program = export(module, args, kwargs)
-    return from_exported(
-        program, args, kwargs, phase=phase, tokens=tokens, cache_fill=cache_fill, cache=cache, prefix=prefix
-    )
+    return from_exported(program, args, kwargs, phase=phase, cache=cache, prefix=prefix)
 
 
 def export(
@@ -81,22 +76,21 @@ def from_exported(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    phase: str = "forward",
-    tokens: int = 0,
-    cache_fill: float = 1.0,
+    phase: Phase | None = None,
     cache: Iterable[torch.Tensor] = (),
     prefix: str = "",
 ) -> Graph:
     """The Graph of an exported program; arguments as for `trace`."""
+    phase = phase or Phase()
     nodes = len(program.graph.nodes)
     if nodes > NODE_LIMIT:
         raise TraceError(
-            f"The {phase} graph has {nodes:,} operations, more than {NODE_LIMIT:,}: a Python loop over tokens unrolls.",
-            "Analyse a shorter prompt with --input-len.",
+            f"The {phase.name} graph has {nodes:,} operations, more than {NODE_LIMIT:,}.",
+            "A Python loop over tokens unrolls: analyse a shorter prompt with --input-len.",
         )
     leaves = pytree.tree_leaves((args, dict(kwargs or {})))
     builder = _Builder(program=program, leaves=leaves, cached={id(t) for t in cache}, prefix=prefix)
-    return builder.build(phase, tokens, cache_fill)
+    return builder.build(phase)
 
 
 @dataclass
@@ -113,7 +107,7 @@ class _Builder:
     ops: list[Op] = field(default_factory=list)
     alive: list[Any] = field(default_factory=list)  # a storage's address is its name only while it lives
 
-    def build(self, phase: str, tokens: int, cache_fill: float) -> Graph:
+    def build(self, phase: Phase) -> Graph:
         env: dict[fx.Node, Any] = {}
         inputs = self._place_inputs(env)
         with torch.no_grad():
@@ -122,9 +116,10 @@ class _Builder:
         carried = self._outputs(self._carried(returned))
         storages = self._finished(outputs, carried)
         return Graph(
-            phase=phase,
-            tokens=tokens,
-            cache_fill=cache_fill,
+            phase=phase.name,
+            tokens=phase.tokens,
+            new_tokens=phase.new_tokens,
+            cache_fill=phase.cache_fill,
             storages=storages,
             tensors=tuple(self.tensors),
             ops=tuple(self.ops),
@@ -387,6 +382,11 @@ def explained(error: Exception) -> TraceError:
     reason = str(error).strip().split("\n", 1)[0][:300] or type(error).__name__
     place = f" at {where}" if where else ""
     kind = type(error).__name__
+    if "overflow" in reason or "storage size" in reason.lower():
+        return TraceError(
+            f"A tensor of this scenario is too large to address{place}: {reason}",
+            "Use a smaller batch or shorter lengths.",
+        )
     if "DataDependent" in kind or "data-dependent" in str(error) or "meta tensor" in str(error).lower():
         return TraceError(
             f"The model's control flow depends on tensor values{place}: {reason}",

@@ -18,7 +18,7 @@ from torch import nn
 from .errors import WorkloadError
 from .load import Model
 from .meta import building, expose_plain_tensors, on_meta, tracing
-from .scenario import Scenario
+from .scenario import Phase, Scenario
 from .trace import CACHE, RESULT, explained
 
 CACHE_ARGUMENTS = (
@@ -37,21 +37,17 @@ class Program:
     """One phase, ready to trace.
 
     Attributes:
-        phase: `prefill`, `decode` or `forward`.
+        phase: which phase, and the tokens in it.
         module: what to trace; the user's model hangs in it under `prefix`.
         args: example inputs on meta.
         cache: those inputs that are carried from step to step.
-        tokens: rows pushed through the model; 0 for non-token models.
-        cache_fill: share of a cache owned by the model that earlier tokens fill when the phase starts.
         prefix: attribute of `module` that is the user's model.
     """
 
-    phase: str
+    phase: Phase
     module: nn.Module
     args: tuple[Any, ...]
     cache: tuple[torch.Tensor, ...] = ()
-    tokens: int = 0
-    cache_fill: float = 1.0
     prefix: str = "model"
 
 
@@ -175,10 +171,9 @@ def _passed_cache(
     if phase in ("all", "prefill"):
         programs.append(
             Program(
-                phase="prefill",
+                phase=scenario.phase("prefill", length=scenario.input_len),
                 module=_Call(model.module, fixed=fixed, cache_argument=argument),
                 args=(_tokens(scenario.batch_size, scenario.input_len),),
-                tokens=scenario.batch_size * scenario.input_len,
             )
         )
     if phase in ("all", "decode"):
@@ -187,11 +182,10 @@ def _passed_cache(
         )
         programs.append(
             Program(
-                phase="decode",
+                phase=scenario.phase("decode"),
                 module=_Call(model.module, fixed=fixed, cache_argument=argument, template=template),
                 args=(_tokens(scenario.batch_size, 1), *cache),
                 cache=cache,
-                tokens=scenario.batch_size,
             )
         )
     return Workload(programs=tuple(programs), scenario=scenario, cache_kind=f"passed as `{argument}`")
@@ -216,11 +210,9 @@ def _own_cache_by_position(model: Model, scenario: Scenario, phase: str) -> Work
             inputs["input_pos"] = torch.empty(length, dtype=torch.int64, device="meta")
             programs.append(
                 Program(
-                    phase=name,
+                    phase=scenario.phase(name, length=length, cache_fill=fill),
                     module=_Call(model.module, names=order),
                     args=tuple(inputs[n] for n in order),
-                    tokens=scenario.batch_size * length,
-                    cache_fill=fill,
                 )
             )
     return Workload(programs=tuple(programs), scenario=scenario, cache_kind=f"owned by the model, {capacity} positions")
@@ -234,11 +226,9 @@ def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workloa
         if phase in ("all", name):
             programs.append(
                 Program(
-                    phase=name,
+                    phase=scenario.phase(name, length=length, cache_fill=1.0 if start else 0.0),
                     module=_Call(model.module, names=(first,), fixed={"start_pos": start}),
                     args=(_tokens(scenario.batch_size, length),),
-                    tokens=scenario.batch_size * length,
-                    cache_fill=1.0 if start else 0.0,
                 )
             )
     return Workload(programs=tuple(programs), scenario=scenario, cache_kind="owned by the model")
@@ -250,10 +240,9 @@ def _no_cache(model: Model, scenario: Scenario, phase: str, arguments: Mapping[s
     _require(not wanted, _unknown_inputs(model, arguments), _HOOK)
     programs = [
         Program(
-            phase=name,
+            phase=scenario.phase(name, length=length),
             module=_Call(model.module, fixed=_fixed_arguments(tuple(arguments), cached=False)),
             args=(_tokens(scenario.batch_size, length),),
-            tokens=scenario.batch_size * length,
         )
         for name, length in (("prefill", scenario.input_len), ("decode", scenario.context_len + 1))
         if phase in ("all", name)
@@ -272,7 +261,7 @@ def _plain_forward(model: Model, scenario: Scenario, arguments: Mapping[str, ins
     for candidate in _guesses(model.module, scenario):
         if _runs(model.module, (candidate,)):
             shape = "x".join(map(str, candidate.shape))
-            program = Program(phase="forward", module=_Call(model.module), args=(candidate,))
+            program = Program(phase=Phase(), module=_Call(model.module), args=(candidate,))
             kind = str(candidate.dtype).removeprefix("torch.")
             return Workload(
                 programs=(program,),
@@ -302,10 +291,9 @@ def _from_hook(model: Model, scenario: Scenario, phase: str) -> Workload:
         length = {"prefill": scenario.input_len, "decode": 1, "forward": 0}[name]
         programs.append(
             Program(
-                phase=name,
+                phase=scenario.phase(name, length=length),
                 module=_Call(model.module, names=names),
                 args=values,
-                tokens=scenario.batch_size * length,
                 cache=tuple(t for v in values if not isinstance(v, torch.Tensor) for t in tensors_in(v)),
             )
         )

@@ -52,7 +52,7 @@ class Traced:
     graphs: dict[str, Graph]
 
     def program(self, phase: str) -> Program:
-        return next(p for p in self.workload.programs if p.phase == phase)
+        return next(p for p in self.workload.programs if p.phase.name == phase)
 
 
 LAYERS = 4
@@ -71,16 +71,8 @@ def traced(name: str, scenario: Scenario = SHORT, *, whole: bool = False) -> Tra
         (Path(target) / "config.json").write_text(json.dumps(config))
     model = load(target)
     workload = plan(model, scenario)
-    return Traced(model, workload, {p.phase: trace_program(p) for p in workload.programs})
+    return Traced(model, workload, {p.phase.name: trace_program(p) for p in workload.programs})
 
 
 def trace_program(program: Program) -> Graph:
-    return trace(
-        program.module,
-        program.args,
-        phase=program.phase,
-        tokens=program.tokens,
-        cache_fill=program.cache_fill,
-        cache=program.cache,
-        prefix=program.prefix,
-    )
+    return trace(program.module, program.args, phase=program.phase, cache=program.cache, prefix=program.prefix)

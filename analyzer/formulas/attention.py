@@ -286,10 +286,8 @@ def scaled_dot_product_attention(call: Call) -> Cost:
 def math_attention(call: Call) -> Cost:
     """The math path asked for by name: it returns the probabilities too and takes a boolean mask as it is."""
     attention = _attention(call, mask="attn_mask")
-    if call.gpu.vendor == "apple":
-        steps = metal_steps(attention, "math")
-    else:
-        steps = math_steps(attention, converts_mask=False)
+    on_apple = call.gpu.vendor == "apple"
+    steps = metal_steps(attention, "math") if on_apple else math_steps(attention, converts_mask=False)
     cost = _math_cost(call, attention, steps, Backend("math", "asked for by name"))
     returned = sum(tensor.touched_bytes for tensor in call.outputs[1:])
     return replace(cost, scratch_written=max(0, cost.scratch_written - returned))

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
-
 from fxroof.analyzer.errors import CoverageError
 from fxroof.analyzer.pipeline import analyze
+from torch import nn
 
 
 @torch.library.custom_op("fxroof_tests::mystery", mutates_args=())

@@ -1,12 +1,11 @@
 """The floor counts what a step cannot do without, not what the program happens to do."""
 
 import pytest
-from support import traced
-
 from fxroof.analyzer.analysis import analyze_phase
 from fxroof.analyzer.floor import Floor
 from fxroof.analyzer.scenario import Scenario
 from fxroof.hardware.catalog import load
+from support import traced
 
 H100 = load("h100_sxm").gpu
 SCENARIO = Scenario(batch_size=2, input_len=96, output_len=32)

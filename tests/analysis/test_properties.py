@@ -5,17 +5,16 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support import TARGETS, traced
-from torch import nn
-
 from fxroof.analyzer.analysis import PhaseAnalysis, analyze_phase
 from fxroof.analyzer.graph import Graph, Role, dataflow
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.trace import trace
 from fxroof.hardware.catalog import all_gpus, load
 from fxroof.hardware.units import BytesPerSecond
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import TARGETS, traced
+from torch import nn
 
 H100 = load("h100_sxm").gpu
 GPUS = {gpu.key: gpu for gpu in all_gpus()}

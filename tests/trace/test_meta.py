@@ -4,15 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from fxroof.analyzer.errors import TraceError
 from fxroof.analyzer.graph import Graph, Role
 from fxroof.analyzer.load import from_module
 from fxroof.analyzer.meta import SMALL, building, expose_plain_tensors, on_meta, tracing
 from fxroof.analyzer.trace import trace
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def traced(module: nn.Module, *args: torch.Tensor) -> Graph:
