@@ -16,7 +16,7 @@ from .roofline import Bound, Lanes, Placement, place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Seconds. `floor`: no implementation of the phase is faster. `bound`: no run of these kernels is faster."""
+    """Seconds. `floor`: no implementation of the phase is faster. `bound`: no run of these kernels from device memory is faster."""
 
     floor: float
     bound: float

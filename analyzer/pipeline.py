@@ -177,7 +177,10 @@ def _assumptions(
 ) -> Iterable[str]:
     gpu = resolved.gpu
     yield "times are bounds from vendor peaks (dense); no launch overhead, no achieved-fraction derating"
-    yield "eager execution: every op reads its operands from device memory and writes its result there"
+    yield (
+        "eager execution: every op reads its operands from device memory and writes its result there; a run whose small "
+        "tensors stay in the cache from op to op can beat that, never the floor"
+    )
     yield "float32 matmuls run without TF32, convolutions with it (PyTorch's defaults)"
     backends = {c.backend: c.note for _, costs in analysed for c in costs if c.backend}
     for backend, note in backends.items():

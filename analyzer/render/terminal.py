@@ -164,7 +164,7 @@ def _phase(phase: PhaseAnalysis, run: Run, options: Options) -> Iterator[Text]:
 
 def _facts(phase: PhaseAnalysis, run: Run, width: int) -> Iterator[Text]:
     bound = Text(units.seconds(phase.seconds.bound), style="bold")
-    yield from fact("bound", [bound, *_speed(phase, run), "no run of these kernels is faster"], width)
+    yield from fact("bound", [bound, *_speed(phase, run), "no run of these kernels from device memory is faster"], width)
     yield from fact("floor", _floor(phase), width)
     yield from fact("", _floor_parts(phase), width)
     yield from fact("class", _shares(phase), width)
