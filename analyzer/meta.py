@@ -7,16 +7,21 @@ is told that an export is under way, since libraries take another path then (den
 
 import contextlib
 import copy
+import functools
+import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
+
+from .values import Values, following
 
 SMALL = 1 << 22
 """Elements up to which a constructor's tensor keeps real values: constructors read them, and masks need them."""
@@ -62,19 +67,24 @@ _AUTOCAST_HIGH = frozenset(
 class _Redirect(TorchFunctionMode):
     """Sends every tensor to meta (or, below `keep` elements, to the CPU) whatever device was asked for."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, values: Values | None = None) -> None:
         super().__init__()
         self.keep = keep
+        self.values = values
         self.autocast: list[torch.dtype | None] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.compiler.is_dynamo_compiling():
+            return func(*args, **kwargs)  # the inside of torch.cond and the like, which dynamo captures
         if func in _FACTORIES:
             return self._create(func, args, kwargs)
         if func in _MOVES:
             return args[0]
+        if func is _DEVICE and _asked_by(_CUDA_ONLY):
+            return torch.device("cuda")
         if func is torch.Tensor.to:
             args, kwargs = _without_device(args, kwargs)
             if len(args) == 1 and not kwargs:
@@ -87,21 +97,44 @@ class _Redirect(TorchFunctionMode):
             args, kwargs = _autocast(func, args, kwargs, self.autocast[-1])
         if self.keep:
             args, kwargs = _one_device(args, kwargs)
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if self.values is None else self.values.call(func, args, kwargs)
 
     def _create(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         # the meta device has no pinned memory, and only values that come from data need the CPU
         kwargs.pop("pin_memory", None)
+        if func is torch.tensor and not self.keep and type(args[0]) in (bool, int, float):
+            func, args = torch.full, ((), args[0])  # keeps the value in the graph, where loops are counted by it
         if func is torch.from_numpy:
             made = func(*args)
             return made if self.keep and made.numel() <= self.keep else made.to("meta")
         kwargs["device"] = "meta"
         made = func(*args, **kwargs)
+        if self.values is not None:
+            self.values.created(func, args, kwargs, made)
         if not self.keep or made.numel() > self.keep or any(_is_meta(a) for a in args):
             return made
         kwargs["device"] = "cpu"
         return func(*args, **kwargs)
 
+
+_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]  # a getset descriptor
+_CUDA_ONLY = ("torch._higher_order_ops.associative_scan", "torch.nn.attention.flex_attention")
+"""Modules of torch that refuse tensors of other devices."""
+
+
+def _asked_by(modules: Iterable[str]) -> bool:
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_MODES_BETWEEN):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") in modules:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_MODES_BETWEEN = 6
+"""Frames of torch's own function modes that may lie between a question and our answer."""
 
 _MOVES = frozenset({torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.pin_memory, torch.Tensor.xpu})
 _LEGACY_TYPES = {
@@ -120,7 +153,7 @@ def building() -> Iterator[None]:
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """For forwards: everything on meta, devices redirected, autocast made explicit, export kept secret."""
-    with torch.no_grad(), _redirected(0) as mode, _patched_autocast(mode), _as_run():
+    with torch.no_grad(), following() as values, _redirected(0, values) as mode, _patched_autocast(mode), _as_run():
         yield
 
 
@@ -157,8 +190,8 @@ def expose_plain_tensors(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _redirected(keep: int) -> Iterator[_Redirect]:
-    mode = _Redirect(keep)
+def _redirected(keep: int, values: Values | None = None) -> Iterator[_Redirect]:
+    mode = _Redirect(keep, values)
     replaced: list[tuple[Any, str, Any]] = []
 
     def patch(owner: Any, name: str, value: Any) -> None:
@@ -298,18 +331,51 @@ def _patched_autocast(mode: _Redirect) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_run() -> Iterator[None]:
+    # dynamo recognises these functions by identity, so it must have met the real ones
+    import torch._dynamo.variables.torch
+    import torch._higher_order_ops.utils as subgraphs
+
     names = ("is_exporting", "is_compiling", "is_dynamo_compiling")
     saved = {name: getattr(torch.compiler, name) for name in names}
+    compilation = subgraphs._set_compilation_env
+
+    @contextlib.contextmanager
+    def capturing() -> Iterator[None]:
+        # torch.cond, flex_attention and their kin have dynamo capture their functions
+        hidden = {name: getattr(torch.compiler, name) for name in names}
+        for name, function in saved.items():
+            setattr(torch.compiler, name, function)
+        try:
+            with compilation():
+                yield
+        finally:
+            for name, function in hidden.items():
+                setattr(torch.compiler, name, function)
+
+    subgraphs._set_compilation_env = capturing
     frames = getattr(TracerBase, _FILTER)
-    for name in names:
-        setattr(torch.compiler, name, lambda: False)
+    for name, function in saved.items():
+        setattr(torch.compiler, name, functools.partial(_only_export_is_told, function))
     setattr(TracerBase, _FILTER, _frames_below_forward)
+    # transformers takes any fake tensor for a sign of compilation
+    helpers: Any = sys.modules.get("transformers.utils.import_utils")
+    question = getattr(helpers, "is_fake_tensor", None)
+    if question is not None:
+        helpers.is_fake_tensor = lambda _: False
     try:
         yield
     finally:
+        subgraphs._set_compilation_env = compilation
         setattr(TracerBase, _FILTER, frames)
+        if question is not None:
+            helpers.is_fake_tensor = question
         for name, value in saved.items():
             setattr(torch.compiler, name, value)
+
+
+def _only_export_is_told(truth: Callable[[], bool]) -> bool:
+    # torch.vmap is written down as such only if this module of torch knows of the export
+    return truth() if sys._getframe(1).f_globals.get("__name__") == "torch._export.utils" else False
 
 
 def _frames_below_forward(_: TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:

@@ -20,6 +20,7 @@ from .load import Model
 from .meta import building, expose_plain_tensors, on_meta, tracing
 from .scenario import Phase, Scenario
 from .trace import CACHE, RESULT, explained
+from .values import tell
 
 CACHE_ARGUMENTS = (
     "past_key_values", "past_key_value", "kv_cache", "kv_caches", "cache", "caches", "past_kv", "past", "layer_past",
@@ -49,6 +50,10 @@ class Program:
     args: tuple[Any, ...]
     cache: tuple[torch.Tensor, ...] = ()
     prefix: str = "model"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.module, _Call):
+            self.module.known = tuple(getattr(arg, _VALUE, None) for arg in self.args)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +128,12 @@ class _Call(nn.Module):
         self.fixed = dict(fixed or {})
         self.cache_argument = cache_argument
         self.template = [template]  # in a list, so that a template that is a module is not registered
+        self.known: Sequence[torch.Tensor | None] = ()
 
     def forward(self, *inputs: Any) -> dict[str, tuple[torch.Tensor, ...]]:
+        for given, real in zip(inputs, self.known, strict=False):
+            if real is not None:
+                tell(given, real)
         if self.template[0] is not None:
             state = refilled(self.template[0], inputs[1:])
             result = self.model(inputs[0], **{self.cache_argument: state}, **self.fixed)
@@ -207,7 +216,8 @@ def _own_cache_by_position(model: Model, scenario: Scenario, phase: str) -> Work
     for name, length, fill in (("prefill", scenario.input_len, 0.0), ("decode", 1, filled)):
         if phase in ("all", name):
             inputs = {order[0]: _tokens(scenario.batch_size, length)}
-            inputs["input_pos"] = torch.empty(length, dtype=torch.int64, device="meta")
+            start = 0 if name == "prefill" else scenario.context_len
+            inputs["input_pos"] = _with_value(torch.arange(start, start + length))
             programs.append(
                 Program(
                     phase=scenario.phase(name, length=length, cache_fill=fill),
@@ -309,9 +319,11 @@ _HOOK = (
 
 def _cache_after(model: Model, scenario: Scenario, argument: str, fixed: Mapping[str, Any]) -> Any:
     """The cache that the model returns for a prompt of the mean context: run on meta, so shapes are all it costs."""
+    tokens = _tokens(scenario.batch_size, scenario.context_len)
     with tracing(), contextlib.redirect_stdout(sys.stderr):
         try:
-            result = model.module(_tokens(scenario.batch_size, scenario.context_len), **fixed)
+            tell(tokens, getattr(tokens, _VALUE))
+            result = model.module(tokens, **fixed)
         except Exception as error:
             raise explained(error) from error
     return returned_cache(result, argument)
@@ -420,7 +432,18 @@ def _unknown_inputs(model: Model, arguments: Mapping[str, inspect.Parameter]) ->
 
 
 def _tokens(batch_size: int, length: int) -> torch.Tensor:
-    return torch.empty(batch_size, length, dtype=torch.int64, device="meta")
+    # any ids but the first few, which often mean padding, start and end
+    return _with_value((torch.arange(batch_size * length) % 89 + 7).view(batch_size, length))
+
+
+def _with_value(real: torch.Tensor) -> torch.Tensor:
+    tensor = torch.empty(real.shape, dtype=real.dtype, device="meta")
+    setattr(tensor, _VALUE, real)
+    return tensor
+
+
+_VALUE = "fxroof_value"
+"""Attribute of an example input that holds what it contains, for control flow that looks at it."""
 
 
 def _require(condition: bool, message: str, hint: str) -> None:
