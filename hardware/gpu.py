@@ -59,6 +59,23 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLevel:
+    """One level of the memory pyramid.
+
+    Attributes:
+        name: Registers, shared memory, L2, last-level cache, device memory, peer link or host link.
+        size: Bytes over the whole device; None for links and where not found.
+        bandwidth: Byte/s; None where no figure is sourced.
+        note: How the bandwidth was obtained, where it is no published peak.
+    """
+
+    name: str
+    size: Bytes | None
+    bandwidth: BytesPerSecond | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """What one device can do, per device and in base units. None is unsupported, unpublished or not found.
 
@@ -127,6 +144,30 @@ class Gpu:
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
     disagreements: tuple[str, ...]
+
+    @property
+    def memory_levels(self) -> tuple[MemoryLevel, ...]:
+        """The memory pyramid from the fastest level down; levels of which nothing is known are left out."""
+        units = self.sm_count or 0
+        beyond_l2 = (self.cache_bytes or 0) - (self.l2_bytes or 0)
+        l2_bandwidth, l2_note = self.l2_bandwidth, ""
+        if l2_bandwidth is None and self.l2_bandwidth_measured is not None:
+            l2_bandwidth, l2_note = self.l2_bandwidth_measured, "measured"
+        levels = (
+            MemoryLevel(name="registers", size=_times(self.register_file_per_sm_bytes, units), bandwidth=None),
+            MemoryLevel(name="shared memory", size=_times(self.shared_memory_per_sm_bytes, units), bandwidth=None),
+            MemoryLevel(name="L2", size=self.l2_bytes, bandwidth=l2_bandwidth, note=l2_note),
+            MemoryLevel(name="beyond L2, on chip", size=Bytes(beyond_l2) or None, bandwidth=None),
+            MemoryLevel(
+                name="device memory",
+                size=self.memory_usable_bytes,
+                bandwidth=self.memory_bandwidth,
+                note="size estimated" if self.memory_usable_is_estimate else "",
+            ),
+            MemoryLevel(name="peer link", size=None, bandwidth=self.link_bandwidth, note="one direction"),
+            MemoryLevel(name="host link", size=None, bandwidth=self.host_bandwidth, note="one direction"),
+        )
+        return tuple(level for level in levels if level.size or level.bandwidth)
 
     def matmul_rate(self, dtype: str, *, tf32: bool = False) -> Rate | None:
         """The dense peak, FLOP/s, at which the part multiplies matrices of a torch dtype.
@@ -415,6 +456,10 @@ def _bandwidth(value: float | int | None) -> BytesPerSecond | None:
 
 def _bytes(value: float | int | None, factor: int) -> Bytes | None:
     return None if value is None else Bytes(round(value * factor))
+
+
+def _times(per_unit: Bytes | None, units: int) -> Bytes | None:
+    return Bytes(per_unit * units) if per_unit and units else None
 
 
 def _integer(value: float | int | None) -> int | None:

@@ -74,6 +74,9 @@ def _part(gpu: Gpu, note: str | None, width: int) -> Iterator[Text]:
         memory.append(f"{units.byte_count(gpu.cache_bytes)} on-chip cache")
     yield from fact("memory", memory, width)
     yield Text()
+    yield Text("memory pyramid", style="dim")
+    yield from table(_levels(gpu), width, indent=2)
+    yield Text()
     yield Text("matmul of", style="dim")
     yield from table(_rates(gpu), width, indent=2)
     yield Text()
@@ -88,6 +91,18 @@ def _part(gpu: Gpu, note: str | None, width: int) -> Iterator[Text]:
             yield Text()
             yield Text(heading, style="dim")
             yield from bullets(texts, width)
+
+
+def _levels(gpu: Gpu) -> list[Column]:
+    levels = gpu.memory_levels
+    sizes = [units.byte_count(level.size) if level.size else "-" for level in levels]
+    speeds = [units.rate(level.bandwidth, "B/s") if level.bandwidth else "-" for level in levels]
+    return [
+        Column(header="level", cells=[level.name for level in levels]),
+        Column(header="size", cells=sizes, right=True),
+        Column(header="bandwidth", cells=speeds, right=True),
+        Column(header="", cells=[level.note for level in levels], least=4),
+    ]
 
 
 def _rates(gpu: Gpu) -> list[Column]:

@@ -367,3 +367,23 @@ def test_figures_keep_the_printed_value_and_unit():
     assert (bandwidth.value, bandwidth.unit, bandwidth.confidence) == (7700, "GB/s", "high")
     assert "Blackwell Datasheet" in bandwidth.source_title
     assert figure("b200", "memory_type") == "HBM3e"
+
+
+def test_the_memory_pyramid_narrows_towards_the_fast_end() -> None:
+    for gpu in all_gpus():
+        sizes = {level.name: level.size for level in gpu.memory_levels if level.size}
+        assert sizes["device memory"] == max(sizes.values())
+        if "L2" in sizes and "shared memory" in sizes and gpu.vendor == "nvidia":
+            assert sizes["shared memory"] < 64 * 2**20
+        speeds = {level.name: level.bandwidth for level in gpu.memory_levels if level.bandwidth}
+        assert speeds["device memory"] == gpu.memory_bandwidth
+        assert speeds.get("host link", 0) < gpu.memory_bandwidth
+        assert speeds.get("L2", gpu.memory_bandwidth) >= gpu.memory_bandwidth
+
+
+def test_the_pyramid_of_an_h100() -> None:
+    levels = {level.name: level for level in load("h100_sxm").gpu.memory_levels}
+    assert levels["registers"].size == 132 * 256 * 1024
+    assert levels["shared memory"].size == 132 * 228 * 1024
+    assert levels["L2"].size == 50 * 2**20
+    assert levels["host link"].bandwidth == 64e9
