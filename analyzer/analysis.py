@@ -1,5 +1,6 @@
 """Everything known about one phase on one GPU, without opinions. These dataclasses are also the JSON report's shape."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ from .roofline import Bound, Lanes, Placement, place
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Seconds. `floor`: no implementation of the phase is faster. `bound`: no run of these kernels from device memory is faster."""
+    """Seconds.
+
+    Attributes:
+        floor: no implementation of the phase is faster.
+        bound: no run of these kernels from device memory is faster.
+    """
 
     floor: float
     bound: float
@@ -56,7 +62,7 @@ class ByteTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpAnalysis:
-    """One op of the graph on the roofline.
+    """One op of the graph on the roofline; in a loop, all its turns together.
 
     Attributes:
         name: the fx node's name.
@@ -81,6 +87,7 @@ class OpAnalysis:
         lanes: seconds by unit.
         backend: implementation chosen where PyTorch has several.
         note: what was assumed.
+        repeat: times it runs.
     """
 
     name: str
@@ -105,6 +112,7 @@ class OpAnalysis:
     lanes: Lanes
     backend: str = ""
     note: str = ""
+    repeat: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +186,18 @@ def analyze_phase(graph: Graph, gpu: Gpu) -> tuple[PhaseAnalysis, tuple[Cost, ..
     costs = price(graph, gpu)
     by_role: dict[Role, tuple[int, int]] = dict.fromkeys(Role, (0, 0))
     placements: dict[int, tuple[Placement, int, int]] = {}
+    alike: dict[tuple[object, ...], Placement] = {}
     for kernel in eager_kernels(graph, costs):
         roles = bytes_by_role(graph, kernel.cost)
         for role, (read, written) in roles.items():
             before = by_role[role]
-            by_role[role] = (before[0] + read, before[1] + written)
+            by_role[role] = (before[0] + kernel.repeat * read, before[1] + kernel.repeat * written)
         read, written = (sum(pair[i] for pair in roles.values()) for i in (0, 1))
-        placements[kernel.ops[0]] = (place(kernel.cost, read, written, gpu), read, written)
+        cost = kernel.cost
+        work = (*cost.matmul.items(), cost.tf32, *cost.vector.items(), cost.special, read, written)
+        if work not in alike:  # layers are
+            alike[work] = place(cost, read, written, gpu)
+        placements[kernel.ops[0]] = (alike[work], read, written)
     ops = tuple(_op(graph, op, costs[i], placements.get(i)) for i, op in enumerate(graph.ops))
     return _phase(graph, gpu, costs, ops, by_role), costs
 
@@ -225,15 +238,16 @@ def _phase(
     least = floor(graph, costs, gpu)
     read, written = (sum(pair[i] for pair in by_role.values()) for i in (0, 1))
     total = read + written
-    executed = fsum(c.executed_matmul_flops for c in costs)
-    vector = fsum(c.vector_flops for c in costs)
+    work = [(op.repeat, cost) for op, cost in zip(graph.ops, costs, strict=True) if cost.status is not Status.FREE]
+    executed = fsum(n * c.executed_matmul_flops for n, c in work)
+    vector = fsum(n * c.vector_flops for n, c in work)
     shares: Counter[str] = Counter()
     for op in ops:
         shares[op.bound.value] += op.seconds  # type: ignore[assignment]  # Counter counts seconds here
     matmuls: Counter[tuple[str, bool]] = Counter()
-    for cost in costs:
+    for repeat, cost in work:
         for dtype, flops in cost.matmul.items():
-            matmuls[dtype, cost.tf32] += flops  # type: ignore[assignment]  # Counter counts FLOPs here
+            matmuls[dtype, cost.tf32] += repeat * flops  # type: ignore[assignment]  # Counter counts FLOPs here
     main = max(matmuls, key=lambda key: matmuls[key], default=None)
     rate = gpu.matmul_rate(main[0], tf32=main[1]) if main else None
     return PhaseAnalysis(
@@ -241,10 +255,10 @@ def _phase(
         tokens=graph.tokens,
         seconds=Times(floor=least.seconds, bound=bound),
         flops=FlopTotals(
-            matmul=fsum(c.matmul_flops for c in costs),
+            matmul=fsum(n * c.matmul_flops for n, c in work),
             matmul_executed=executed,
             vector=vector,
-            special=fsum(c.special for c in costs),
+            special=fsum(n * c.special for n, c in work),
         ),
         bytes=ByteTotals(
             total=total,
@@ -268,6 +282,7 @@ def _phase(
 def _op(graph: Graph, op: Op, cost: Cost, placed: tuple[Placement, int, int] | None) -> OpAnalysis:
     placement, read, written = placed or (_NOWHERE, 0, 0)
     anchor, inner = op.anchor, op.span
+    times = op.repeat
     outside = inner is not None and inner != anchor
     dtype = next(iter(cost.matmul), None) or (graph.tensors[op.outputs[0]].dtype if op.outputs else "")
     return OpAnalysis(
@@ -281,18 +296,19 @@ def _op(graph: Graph, op: Op, cost: Cost, placed: tuple[Placement, int, int] | N
         status=cost.status,
         shape=_shape(graph, op),
         dtype=dtype,
-        flops=float(cost.matmul_flops + cost.vector_flops),
-        flops_executed=float(cost.executed_matmul_flops + cost.vector_flops),
-        special=float(cost.special),
-        bytes_read=read,
-        bytes_written=written,
+        flops=float(times * (cost.matmul_flops + cost.vector_flops)),
+        flops_executed=float(times * (cost.executed_matmul_flops + cost.vector_flops)),
+        special=float(times * cost.special),
+        bytes_read=times * read,
+        bytes_written=times * written,
         intensity=placement.intensity,
         ridge=placement.ridge,
         bound=placement.bound,
-        seconds=placement.seconds,
-        lanes=placement.lanes,
+        seconds=times * placement.seconds,
+        lanes=placement.lanes.times(op.repeat),
         backend=cost.backend,
         note="; ".join(filter(None, (cost.note, _unrated(placement), _widened(placement)))),
+        repeat=times,
     )
 
 
@@ -300,11 +316,13 @@ _NOWHERE = Placement(lanes=Lanes(), seconds=0.0, bound=Bound.FREE, intensity=0.0
 
 
 def _shape(graph: Graph, op: Op) -> str:
-    def text(index: int) -> str:
-        return "x".join(map(str, graph.tensors[index].shape)) or "scalar"
+    given = ", ".join([_sizes(graph.tensors[i].shape) for i in op.inputs[:3]]) + (", ..." if len(op.inputs) > 3 else "")
+    return f"{given} -> {_sizes(graph.tensors[op.outputs[0]].shape)}" if op.outputs else given
 
-    given = ", ".join(text(i) for i in op.inputs[:3]) + (", ..." if len(op.inputs) > 3 else "")
-    return f"{given} -> {text(op.outputs[0])}" if op.outputs else given
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _unrated(placement: Placement) -> str:

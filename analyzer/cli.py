@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,15 @@ if TYPE_CHECKING:
 
     from .render.registry import Options
     from .report import Report
-    from .scenario import Scenario
 
 EXIT_STOPPED = 2
 EXIT_INTERRUPTED = 130
 
 _MOST_SEQUENCES = 1_000_000
 _MOST_TOKENS = 10_000_000
+_MOST_SECONDS = 10_000_000
 _WIDTH_OFF_TERMINAL = 100
 _LEAST_WIDTH = 40
-_BUG = "This is a bug in fxroof. Please report it with the output of the same command and --debug."
 
 
 class _Program(click.Group):
@@ -114,6 +114,21 @@ class _Formats(click.ParamType[str]):
         return [click.shell_completion.CompletionItem(name) for name in formats() if name.startswith(incomplete)]
 
 
+class _Memory(click.ParamType[int]):
+    """A size such as `16GB` or `512 MiB` -> bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])(i?)B?", str(value).strip(), re.IGNORECASE)
+        if match is None and str(value).strip() != "0":
+            self.fail(f"{value!r} is no size: for example 16GB, 512MiB, or 0 for no limit.", param, ctx)
+        if match is None:
+            return 0
+        power = "KMGT".index(match[2].upper()) + 1
+        return max(int(float(match[1]) * (1024 if match[3] else 1000) ** power), 1)
+
+
 def _complete_gpu(
     ctx: click.Context,  # noqa: ARG001  # click's signature
     param: click.Parameter,  # noqa: ARG001
@@ -164,7 +179,7 @@ def _complete_gpu(
 )
 @click.option(
     "--phase",
-    type=click.Choice(["prefill", "decode", "forward", "all"]),
+    type=click.Choice(["prefill", "decode", "forward", "encoder", "all"]),
     default="all",
     show_default=True,
     help="What to analyse: all that the model has, or one.",
@@ -175,6 +190,35 @@ def _complete_gpu(
     default="sdpa",
     show_default=True,
     help="Attention implementation of transformers models.",
+)
+@click.option("--init", metavar="TEXT", default="", help="Expression that builds the model: 'Model(Args(dim=4096))'.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=SHAPE[:DTYPE]",
+    help="Input of forward, such as x=1x3x224x224:bf16; repeat for each.",
+)
+@click.option(
+    "--assume",
+    type=click.Choice(["balanced-routing"]),
+    multiple=True,
+    help="What may be assumed of data where control flow depends on it.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that a model repository brings.")
+@click.option(
+    "--timeout",
+    type=click.IntRange(0, _MOST_SECONDS),
+    default=600,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time that building and tracing the model may take; 0 for no limit.",
+)
+@click.option(
+    "--memory-limit",
+    type=_Memory(),
+    metavar="SIZE",
+    help="Memory that it may take, such as 16GB; 0 for no limit.  [default: 80% of this machine's]",
 )
 @click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Rows of the hotspot table.")
 @click.option(
@@ -201,13 +245,19 @@ def analyze(
     dtype: str,
     phase: str,
     attention: str,
+    init: str,
+    inputs: tuple[str, ...],
+    assume: tuple[str, ...],
+    trust_remote_code: bool,
+    timeout: int,
+    memory_limit: int | None,
     top: int,
     by: str,
     format_: str,
     output: Path | None,
     quiet: bool,
     debug: bool,
-) -> None:
+) -> int:
     """Say where a model's time goes on a GPU, phase by phase and line by line.
 
     \b
@@ -217,9 +267,12 @@ def analyze(
       fxroof analyze mymodel.py --gpu b200 -f json -o report.json
       fxroof analyze report.json --gpu h200
 
-    TARGET is mymodel.py, mymodel.py:attr (a module, or a class or function that gives one without
-    arguments), a folder with a transformers config.json, or a report saved with -f json, which is priced
-    again without torch.
+    TARGET is mymodel.py, mymodel.py:attr or package.module:attr (a module, or a class or function that
+    gives one without arguments), a folder with a transformers config.json, hf:ORG/NAME, an exported
+    program (.pt2), or a report saved with -f json, which is priced again without torch.
+
+    The model's code runs in a process of its own, for as long and as large as --timeout and
+    --memory-limit allow. Exit code 2 says that something, perhaps only one phase, was not analysed.
     """  # noqa: D301  # \b is click's mark for text that must not be wrapped
     _check_destination(output)
     saved = _saved_report(target)
@@ -234,11 +287,32 @@ def analyze(
 
         given = [_was_given(ctx, name) for name in ("input_len", "output_len")]
         scenario = Scenario(batch_size=batch_size, input_len=input_len, output_len=output_len, lengths_given=any(given))
-        report = _traced(target, gpus, scenario, phase, dtype, attention, quiet=quiet, debug=debug)
+        from .pipeline import analyze as analyze_target
+
+        with _Progress(quiet=quiet) as progress:
+            report = analyze_target(
+                target,
+                gpus=gpus,
+                scenario=scenario,
+                phase=phase,
+                dtype=dtype,
+                attention=attention,
+                init=init,
+                inputs=inputs,
+                assume=assume,
+                trust_remote_code=trust_remote_code,
+                timeout=timeout,
+                memory_limit=memory_limit,
+                debug=debug,
+                progress=progress.say,
+            )
     from .render.registry import render
 
     text = render(report, format_, _options(output, top=top, by=by))
     _deliver(text, output)
+    for failure in report.failures:
+        print_error(f"{failure.phase} was not analysed: {failure.message}", failure.hint)
+    return EXIT_STOPPED if report.failures else 0
 
 
 @main.command()
@@ -261,60 +335,6 @@ def gpus(name: str | None) -> None:
     else:
         resolved = load(name)
         _deliver(_catalog.part(resolved.gpu, resolved.note, options), None)
-
-
-def _traced(
-    target: str,
-    gpus: Sequence[str],
-    scenario: Scenario,
-    phase: str,
-    dtype: str,
-    attention: str,
-    *,
-    quiet: bool,
-    debug: bool,
-) -> Report:
-    from .errors import TargetError
-    from .pipeline import analyze as analyze_model
-
-    # what the user's file prints while it is imported is no result of ours
-    with (
-        _Progress(quiet=quiet) as progress,
-        contextlib.redirect_stdout(sys.stderr),
-        _libraries(silent=not debug),
-    ):
-        try:
-            return analyze_model(
-                target,
-                gpus=gpus,
-                scenario=scenario,
-                phase=phase,
-                dtype=dtype,
-                attention=attention,
-                progress=progress.say,
-            )
-        except SystemExit as error:
-            raise TargetError(
-                f"{target}: the file ended the program while it was loaded or traced (exit {error.code}).",
-                "Put what must not run on import under: if __name__ == '__main__':",
-            ) from error
-
-
-@contextlib.contextmanager
-def _libraries(*, silent: bool) -> Iterator[None]:
-    """Keep warnings and logs of torch and transformers off standard error: a failure is one message."""
-    import logging
-    import warnings
-
-    before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        if silent:
-            warnings.simplefilter("ignore")
-            logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _saved_report(target: str) -> Report | None:
@@ -342,8 +362,11 @@ def _repriced(saved: Report, gpus: Sequence[str]) -> Report:
 
 
 def _refuse_tracing_options(ctx: click.Context, target: str) -> None:
-    fixed = ("batch_size", "input_len", "output_len", "dtype", "phase", "attention")
-    given = [f"--{name.replace('_', '-')}" for name in fixed if _was_given(ctx, name)]
+    fixed = (
+        "batch_size", "input_len", "output_len", "dtype", "phase", "attention", "init", "inputs", "assume",
+        "trust_remote_code",
+    )  # fmt: skip
+    given = [param.opts[0] for param in ctx.command.params if param.name in fixed and _was_given(ctx, param.name)]
     if given:
         raise click.UsageError(
             f"{' and '.join(given)} cannot change {target}: a saved report holds traced graphs. "
@@ -509,8 +532,10 @@ def _unexpected(error: Exception, *, debug: bool) -> int:
         traceback.print_exception(error)
     if isinstance(error, FxroofError | CatalogError):
         return _fail(error.message, error.hint)
-    text = str(error).strip().split("\n", 1)[0][:300]
-    return _fail(f"internal error: {type(error).__name__}{': ' if text else ''}{text}", _BUG)
+    from .handover import as_failure
+
+    failure = as_failure(error)
+    return _fail(failure.message, failure.hint)
 
 
 def _fail(message: str, hint: str = "") -> int:

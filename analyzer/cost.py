@@ -206,11 +206,15 @@ def formula(*operators: str) -> Callable[[Formula], Formula]:
     def register(function: Formula) -> Formula:
         for operator in operators:
             if operator in _formulas:
-                raise ValueError(f"two formulas for {operator}: {_formulas[operator]} and {function}")
+                raise ValueError(f"two formulas for {operator}: {_name(_formulas[operator])} and {_name(function)}")
             _formulas[operator] = function
         return function
 
     return register
+
+
+def _name(function: Formula) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def free(*operators: str) -> None:
@@ -261,15 +265,14 @@ def _traffic(
     call: Call, reads: Mapping[str, int], writes: int | None, expected: Mapping[str, int]
 ) -> tuple[Access, ...]:
     graph, op = call.graph, call.op
-    seen: dict[Tensor, Access] = {}
+    seen: dict[int, Access] = {}
     for name, value in op.args.items():
         for index in _indices(value):
-            tensor = graph.tensors[index]
-            default = 0 if _is_destination(op, name) else min(tensor.touched_bytes, _home(graph, index))
+            default = 0 if _is_destination(op, name) else _reach(graph, index)
             read = reads.get(name, default)
-            known = seen.get(tensor)
+            known = seen.get(index)
             if known is None or known.read < read:
-                seen[tensor] = Access(tensor=index, read=read, expected_read=expected.get(name))
+                seen[index] = Access(tensor=index, read=read, expected_read=expected.get(name))
     accesses = list(seen.values())
     written = _written(graph, op)
     total = sum(touched for _, touched in written)
@@ -284,15 +287,16 @@ def _written(graph: Graph, op: Op) -> Iterable[tuple[int, int]]:
     inputs = {graph.tensors[i].storage for i in op.inputs}
     mutated = graph.mutated(op)
     fresh = [i for i in op.outputs if graph.tensors[i].storage not in inputs]
-    return [(i, min(graph.tensors[i].touched_bytes, _home(graph, i))) for i in (*mutated, *fresh)]
+    return [(i, _reach(graph, i)) for i in (*mutated, *fresh)]
 
 
 def _is_destination(op: Op, name: str) -> bool:
     return name in op.mutates and name.rstrip("0123456789") == "out"
 
 
-def _home(graph: Graph, index: int) -> int:
-    return graph.storages[graph.tensors[index].storage].nbytes
+def _reach(graph: Graph, index: int) -> int:
+    tensor = graph.tensors[index]
+    return min(tensor.touched_bytes, graph.storages[tensor.storage].nbytes)
 
 
 def _indices(value: Arg) -> tuple[int, ...]:

@@ -27,6 +27,10 @@ class TraceError(FxroofError):
     """The model could not be traced into a graph."""
 
 
+class BoxError(FxroofError):
+    """The process that ran the model's code ended, hung or grew without giving what was asked for."""
+
+
 class CoverageError(FxroofError):
     """Too much of the graph has no formula for its total to mean anything."""
 

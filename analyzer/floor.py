@@ -51,7 +51,12 @@ class Floor:
 
 
 def floor(graph: Graph, costs: Sequence[Cost], gpu: Gpu) -> Floor:
-    """The floor of a phase on a GPU; `costs` are those of the graph's ops, in order."""
+    """The floor of a phase on a GPU; `costs` are those of the graph's ops, in order.
+
+    What lies on a branch of a condition is left out: a run may take the other.
+    """
+    compulsory = [(op.repeat, cost) for op, cost in zip(graph.ops, costs, strict=True) if not op.branch]
+    costs = [cost for _, cost in compulsory]
     makers = _makers(graph)
     reads = _distinct_reads(graph, costs)
     weights = sum(n for s, n in reads.items() if graph.storages[s].role is Role.WEIGHT)
@@ -66,10 +71,10 @@ def floor(graph: Graph, costs: Sequence[Cost], gpu: Gpu) -> Floor:
     moved = weights + inputs + cache_read + cache_written + written
     kept = min(gpu.cache_bytes or 0, moved)
     compute = 0.0
-    for cost in costs:
+    for repeat, cost in compulsory:
         for dtype, flops in cost.matmul.items():
             rate = gpu.matmul_rate(dtype, tf32=cost.tf32)
-            compute += flops / rate.flops_per_second if rate else 0.0
+            compute += repeat * flops / rate.flops_per_second if rate else 0.0
     return Floor(
         weight_bytes=weights,
         cache_read_bytes=cache_read,

@@ -5,6 +5,7 @@ Whether an op copies or only looks at its input differently is therefore a fact 
 either lives in the storage of an input or it does not.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -94,11 +95,15 @@ class Tensor:
         At most its elements in dimensions of non-zero stride, and at most the stretch from its first element to its
         last, which overlapping windows share.
         """
-        if 0 in self.shape:
-            return 0
-        strided = [(size, stride) for size, stride in zip(self.shape, self.stride, strict=True) if stride != 0]
-        distinct = min(prod(size for size, _ in strided), 1 + sum((size - 1) * stride for size, stride in strided))
-        return distinct * ITEM_BITS[self.dtype] // 8
+        return _distinct(self.shape, self.stride) * ITEM_BITS[self.dtype] // 8
+
+
+@functools.lru_cache(maxsize=4096)  # layers are alike: few shapes, asked for very often
+def _distinct(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    if 0 in shape:
+        return 0
+    strided = [(size, step) for size, step in zip(shape, stride, strict=True) if step != 0]
+    return min(prod(size for size, _ in strided), 1 + sum((size - 1) * step for size, step in strided))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +130,7 @@ Scalar = None | bool | int | float | str
 Arg = Scalar | TensorRef | tuple[Scalar | TensorRef, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots, so that `inputs` is found once
 class Op:
     """One call in the traced program.
 
@@ -138,6 +143,9 @@ class Op:
         mutates: names of the arguments it writes into.
         span: innermost source line outside torch.
         user_span: innermost source line in the user's project, when there is one.
+        repeat: times it runs: the trip count of the loops around it.
+        branch: branches of conditions it belongs to, outermost first, each as `name of the condition:number`.
+        kernel: name of the op whose kernel computes it on chip; empty for an op of its own.
     """
 
     name: str
@@ -149,8 +157,11 @@ class Op:
     mutates: tuple[str, ...] = ()
     span: Span | None = None
     user_span: Span | None = None
+    repeat: int = 1
+    branch: tuple[str, ...] = ()
+    kernel: str = ""
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[int, ...]:
         """Indices of the tensors it takes, in argument order, each once."""
         return tuple(dict.fromkeys(index for value in self.args.values() for index in _refs(value)))
@@ -190,6 +201,8 @@ class Graph:
 
     def mutated(self, op: Op) -> tuple[int, ...]:
         """Tensors the op writes into."""
+        if not op.mutates:
+            return ()
         return tuple(dict.fromkeys(i for name in op.mutates for i in _refs(op.args.get(name))))
 
     def is_view(self, op: Op) -> bool:

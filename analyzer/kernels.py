@@ -12,17 +12,18 @@ from .graph import Graph
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """One launch: the ops it covers (indices into `Graph.ops`) and what they cost together."""
+    """One launch: the ops it covers (indices into `Graph.ops`), what they cost together, and how often it is made."""
 
     name: str
     ops: tuple[int, ...]
     cost: Cost
+    repeat: int = 1
 
 
 def eager_kernels(graph: Graph, costs: Sequence[Cost]) -> tuple[Kernel, ...]:
     """One kernel for each op that is not free."""
     return tuple(
-        Kernel(name=op.target, ops=(index,), cost=cost)
+        Kernel(name=op.target, ops=(index,), cost=cost, repeat=op.repeat)
         for index, (op, cost) in enumerate(zip(graph.ops, costs, strict=True))
         if cost.status is not Status.FREE
     )

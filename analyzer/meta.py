@@ -11,13 +11,14 @@ import functools
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 
@@ -83,7 +84,7 @@ class _Redirect(TorchFunctionMode):
             return self._create(func, args, kwargs)
         if func in _MOVES:
             return args[0]
-        if func is _DEVICE and _asked_by(_CUDA_ONLY):
+        if func == _DEVICE and _asked_by(_CUDA_ONLY):
             return torch.device("cuda")
         if func is torch.Tensor.to:
             args, kwargs = _without_device(args, kwargs)
@@ -117,14 +118,15 @@ class _Redirect(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]  # a getset descriptor
+_DEVICE = torch.Tensor.device.__get__
 _CUDA_ONLY = ("torch._higher_order_ops.associative_scan", "torch.nn.attention.flex_attention")
 """Modules of torch that refuse tensors of other devices."""
 
 
-def _asked_by(modules: Iterable[str]) -> bool:
+def _asked_by(modules: Collection[Any], frames: int = 6) -> bool:
+    # frames of torch's own function modes may lie between a question and our answer
     frame: FrameType | None = sys._getframe(2)
-    for _ in range(_MODES_BETWEEN):
+    for _ in range(frames):
         if frame is None:
             return False
         if frame.f_globals.get("__name__") in modules:
@@ -133,8 +135,11 @@ def _asked_by(modules: Iterable[str]) -> bool:
     return False
 
 
-_MODES_BETWEEN = 6
-"""Frames of torch's own function modes that may lie between a question and our answer."""
+def _fake_device(self: FakeTensor) -> torch.device:
+    return torch.device("cuda") if _asked_by(_CUDA_ONLY, 1) else _real_fake_device(self)
+
+
+_real_fake_device: Callable[[FakeTensor], torch.device] = vars(FakeTensor)["device"].fget
 
 _MOVES = frozenset({torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.pin_memory, torch.Tensor.xpu})
 _LEGACY_TYPES = {
@@ -353,6 +358,7 @@ def _as_run() -> Iterator[None]:
                 setattr(torch.compiler, name, function)
 
     subgraphs._set_compilation_env = capturing
+    FakeTensor.device = property(_fake_device)  # type: ignore[method-assign, assignment]  # put back below
     frames = getattr(TracerBase, _FILTER)
     for name, function in saved.items():
         setattr(torch.compiler, name, functools.partial(_only_export_is_told, function))
@@ -366,6 +372,7 @@ def _as_run() -> Iterator[None]:
         yield
     finally:
         subgraphs._set_compilation_env = compilation
+        FakeTensor.device = property(_real_fake_device)  # type: ignore[method-assign, assignment]  # as it was
         setattr(TracerBase, _FILTER, frames)
         if question is not None:
             helpers.is_fake_tensor = question
@@ -374,8 +381,11 @@ def _as_run() -> Iterator[None]:
 
 
 def _only_export_is_told(truth: Callable[[], bool]) -> bool:
-    # torch.vmap is written down as such only if this module of torch knows of the export
-    return truth() if sys._getframe(1).f_globals.get("__name__") == "torch._export.utils" else False
+    return truth() if sys._getframe(1).f_globals.get("__name__") in _TOLD else False
+
+
+_TOLD = ("torch._export.utils", "torch._export.wrappers", "torch._dynamo.eval_frame")
+"""Modules of torch that write down torch.vmap, and leave out torch.compile, only if they know of the export."""
 
 
 def _frames_below_forward(_: TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:

@@ -1,23 +1,29 @@
-"""The public call: a model, GPUs and a scenario -> a Report. torch is imported only when there is a model to trace."""
+"""The public call: a model, GPUs and a scenario -> a Report. torch is imported only for modules of the caller's own.
 
-import contextlib
-import gc
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+A target's code runs in a box, see `box.py`; its graphs come back and are priced here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..hardware.catalog import CATALOG_VERSION, Resolved
 from ..hardware.catalog import load as load_gpu
+from . import box
 from .analysis import Coverage, PhaseAnalysis, analyze_phase, coverage
 from .cost import Cost, operator_name
-from .errors import CoverageError
+from .errors import CoverageError, FxroofError
 from .graph import Graph, Role
-from .report import GpuInfo, ModelInfo, Report, Run, fxroof_version
+from .handover import Traced, collect
+from .memory import BLOCK, memory
+from .report import GpuInfo, Report, Run, fxroof_version
+from .request import Request
 from .scenario import Scenario
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
+    from .capture import Inputs
     from .load import Model
 
 LEAST_COVERAGE = 0.9
@@ -27,116 +33,141 @@ Progress = Callable[[str], None]
 
 
 def analyze(
-    model: "str | nn.Module",
+    model: "str | nn.Module | ExportedProgram",
+    example_inputs: "Inputs | None" = None,
     *,
-    gpus: Sequence[str],
+    gpu: str | None = None,
+    gpus: Sequence[str] = (),
     scenario: Scenario | None = None,
     phase: str = "all",
     dtype: str = "as-is",
     attention: str = "sdpa",
+    init: str = "",
+    inputs: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    assume: Sequence[str] = (),
+    timeout: float = 600.0,
+    memory_limit: int | None = None,
+    in_process: bool = False,
+    debug: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
     """Trace a model once and price it on every GPU.
 
     Args:
-        model: a target as on the command line, or a module the caller already has.
-        gpus: catalogue keys, device names or paths to TOML files.
+        model: a target as on the command line; or a module (an fx.GraphModule is one too) or an exported program that
+            the caller has, which is left as it is.
+        example_inputs: arguments of forward, a tuple or by name, for a module that the caller has. Only their shapes
+            and types matter.
+        gpu: catalogue key, device name or path to a TOML file.
+        gpus: several of those.
         scenario: batch and lengths.
-        phase: `prefill`, `decode`, `forward`, or `all` that the model has.
+        phase: `prefill`, `decode`, `forward`, `encoder`, or `all` that the model has.
         dtype: `as-is`, `bf16`, `fp16` or `fp32`.
         attention: `sdpa` or `eager`, for transformers models.
+        init: an expression in the target's namespace that builds the model.
+        inputs: `name=2x3x224x224:bf16` for inputs of forward given by hand.
+        trust_remote_code: run code that a model repository brings.
+        assume: data that may be assumed where tracing needs values, such as `balanced-routing`.
+        timeout: seconds that a target's code may take; 0 for no limit.
+        memory_limit: bytes that its process may hold; 0 for no limit, None for most of what this machine has.
+        in_process: run a target's code in this process, without limits.
+        debug: show tracebacks of the target's code and warnings of libraries.
         progress: told what is being done, for a status line.
+
+    Returns:
+        The report; phases that failed while others did not are in its `failures`.
 
     Raises:
         FxroofError: the model cannot be loaded, traced or priced.
         CatalogError: a GPU is unknown.
     """
-    resolved = [load_gpu(name) for name in gpus]  # before the slow part: a typing error should not cost a trace
-    progress("importing torch")
-    from .load import from_module, load
+    names = _gpu_names(gpu, gpus)
+    scenario = scenario or Scenario()
+    if not isinstance(model, str):
+        resolved = [load_gpu(name) for name in names]  # before the slow part: a typing error should not cost a trace
+        from .capture import from_live
 
-    progress("building the model on the meta device")
-    loaded = (
-        load(model, dtype=dtype, attention=attention) if isinstance(model, str) else from_module(model, dtype=dtype)
+        frames = from_live(model, example_inputs, scenario, phase, dtype, assume)
+        return _priced(collect(frames, progress), resolved, progress)
+    if example_inputs is not None:
+        raise FxroofError(
+            f"{model}: example_inputs go with a module; this is the name of one.",
+            "Give inputs=['x=1x3x224x224'], or add a function example_inputs to the file.",
+        )
+    request = Request(
+        target=model,
+        init=init,
+        inputs=tuple(inputs),
+        scenario=scenario,
+        phase=phase,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        assume=tuple(assume),
     )
-    return _traced(loaded, resolved, scenario or Scenario(), phase, progress)
+    if in_process or not box.AVAILABLE:
+        resolved = [load_gpu(name) for name in names]
+        progress("importing torch")
+        from .capture import from_request
+
+        return _priced(collect(from_request(request, debug=debug), progress), resolved, progress)
+    limits = box.Limits(seconds=timeout, memory=memory_limit)
+    with box.Box(request, limits=limits, debug=debug) as child:
+        resolved = [load_gpu(name) for name in names]  # while the child imports torch
+        return _priced(collect(child.frames(), progress), resolved, progress)
 
 
 def analyze_model(
     model: "Model", *, gpus: Sequence[str], scenario: Scenario | None = None, phase: str = "all"
 ) -> Report:
     """As `analyze`, for a model that is already loaded."""
-    return _traced(model, [load_gpu(name) for name in gpus], scenario or Scenario(), phase, lambda _: None)
+    from .capture import from_model
+
+    resolved = [load_gpu(name) for name in gpus]
+    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, _silent)
 
 
 def reprice(report: Report, *, gpus: Sequence[str]) -> Report:
     """The same graphs on other GPUs; needs no torch. Errors as `analyze`."""
-    resolved = [load_gpu(name) for name in gpus]
-    return _report(report.model, report.graphs, report.scenario, resolved, report.torch_version)
-
-
-def _traced(model: "Model", resolved: Sequence[Resolved], scenario: Scenario, phase: str, progress: Progress) -> Report:
-    import torch
-
-    from .trace import trace
-    from .workload import plan
-
-    graphs: dict[str, Graph] = {}
-    with _without_collection():
-        workload = plan(model, scenario, phase)
-        for program in workload.programs:
-            progress(f"tracing {program.phase.name}")
-            graphs[program.phase.name] = trace(
-                program.module, program.args, phase=program.phase, cache=program.cache, prefix=program.prefix
-            )
-    dtypes: Counter[str] = Counter()
-    for parameter in model.module.parameters():
-        dtypes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    info = ModelInfo(
-        name=model.name,
-        source=model.source,
-        parameters=model.parameters,
-        parameter_bytes=model.parameter_bytes,
-        dtypes=dict(dtypes.most_common()),
-        cache_kind=workload.cache_kind,
-        notes=(*model.notes, *workload.notes),
+    traced = Traced(
+        model=report.model,
+        scenario=report.scenario,
+        graphs=report.graphs,
+        failures=report.failures,
+        torch_version=report.torch_version,
     )
+    return _priced(traced, [load_gpu(name) for name in gpus], _silent)
+
+
+def _gpu_names(gpu: str | None, gpus: Sequence[str]) -> tuple[str, ...]:
+    several = (gpus,) if isinstance(gpus, str) else tuple(gpus)
+    names = tuple(dict.fromkeys((*((gpu,) if gpu else ()), *several)))
+    if not names:
+        raise FxroofError("No GPU is named.", "For example: gpu='b200'; `fxroof gpus` lists all.")
+    return names
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _priced(traced: Traced, resolved: Iterable[Resolved], progress: Progress) -> Report:
     progress("pricing")
-    return _report(info, graphs, workload.scenario, resolved, str(torch.__version__))
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    # a trace allocates millions of objects that all live to its end: looking for garbage among them costs a tenth
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _report(
-    model: ModelInfo,
-    graphs: Mapping[str, Graph],
-    scenario: Scenario,
-    resolved: Iterable[Resolved],
-    torch_version: str,
-) -> Report:
     return Report(
         fxroof_version=fxroof_version(),
-        torch_version=torch_version,
+        torch_version=traced.torch_version,
         catalog_version=CATALOG_VERSION,
-        model=model,
-        scenario=scenario,
-        graphs=dict(graphs),
-        runs=tuple(_run(graphs, scenario, gpu) for gpu in resolved),
+        model=traced.model,
+        scenario=traced.scenario,
+        graphs=traced.graphs,
+        runs=tuple(_run(traced, gpu) for gpu in resolved),
+        failures=traced.failures,
     )
 
 
-def _run(graphs: Mapping[str, Graph], scenario: Scenario, resolved: Resolved) -> Run:
-    gpu = resolved.gpu
+def _run(traced: Traced, resolved: Resolved) -> Run:
+    gpu, graphs, scenario = resolved.gpu, traced.graphs, traced.scenario
     analysed = [analyze_phase(graph, gpu) for graph in graphs.values()]
     phases = tuple(phase for phase, _ in analysed)
     covered = coverage(phases)
@@ -157,6 +188,14 @@ def _run(graphs: Mapping[str, Graph], scenario: Scenario, resolved: Resolved) ->
         coverage=covered,
         phases=phases,
         assumptions=tuple(_assumptions(graphs, analysed, resolved)),
+        memory=memory(
+            graphs,
+            dict(zip(graphs, (costs for _, costs in analysed), strict=True)),
+            gpu,
+            scenario,
+            parameter_bytes=traced.model.parameter_bytes,
+            growth=traced.model.cache,
+        ),
     )
 
 
@@ -178,13 +217,20 @@ def _assumptions(
     gpu = resolved.gpu
     yield "times are bounds from vendor peaks (dense); no launch overhead, no achieved-fraction derating"
     yield (
-        "eager execution: every op reads its operands from device memory and writes its result there; a run whose small "
-        "tensors stay in the cache from op to op can beat that, never the floor"
+        "eager execution: every op reads its operands from device memory and writes its result there; a run whose "
+        "small tensors stay in the cache from op to op can beat that, never the floor"
     )
     yield "float32 matmuls run without TF32, convolutions with it (PyTorch's defaults)"
     backends = {c.backend: c.note for _, costs in analysed for c in costs if c.backend}
     for backend, note in backends.items():
         yield f"attention backend: {backend}" + (f" ({note})" if note else "")
+    told = {
+        c.note: f"{op.anchor or op.name}: {c.note}"
+        for g, (_, costs) in zip(graphs.values(), analysed, strict=True)
+        for op, c in zip(g.ops, costs, strict=True)
+        if c.note and op.target.startswith("higher_order.") and not c.backend
+    }
+    yield from told.values()
     experts = {
         round(a.expected_read / a.read, 1)
         for _, costs in analysed
@@ -201,6 +247,15 @@ def _assumptions(
         yield "some dtypes have no published rate on this part; their arithmetic is left out of the bound"
     widened = {n for phase, _ in analysed for op in phase.ops for n in op.note.split("; ") if "computed as" in n}
     yield from sorted(widened)
+    yield (
+        "memory: KV cache at the end of the generation, activations of the phases analysed; these live as long as data "
+        "and calls need them; local variables may hold them longer, seen to double a mixture-of-experts prefill; "
+        f"blocks of {BLOCK} B, no fragmentation; CUDA context and cuBLAS workspaces are assumed"
+    )
+    yield (
+        "largest batch: activations in proportion to it; fewest GPUs: weights and cache spread evenly, activations and "
+        "CUDA context on each"
+    )
     if gpu.memory_usable_is_estimate:
         yield "usable memory is estimated from the label"
     if any(

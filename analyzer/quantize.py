@@ -1,11 +1,11 @@
 """A transformers model as its `quantization_config` says it runs: packed weights, their scales, and the kernels' ops.
 
 The unquantised model is built first; its linears and experts are then given the tensors that a checkpoint holds, on
-the meta device and registered as parameters, and forwards that call one op of the namespace `fxroof` a kernel
-(priced in `formulas/quantized.py`). Which modules are converted, what they hold and which kernel runs follow
-transformers 5.23 (`transformers/quantizers`, `transformers/integrations`) and, where it hands over to another library,
-that library: gptqmodel's Marlin kernels for AWQ and GPTQ, bitsandbytes, DeepGEMM, and OpenAI's Triton kernels for
-mxfp4. No quantisation library and no GPU is needed.
+the meta device and registered as parameters, and forwards that call one op a kernel (`packed.py`). Which modules are
+converted, what they hold and which kernel runs follow transformers 5.23 (`transformers/quantizers`,
+`transformers/integrations`) and, where it hands over to another library, that library: gptqmodel's Marlin kernels for
+AWQ and GPTQ, bitsandbytes, DeepGEMM, and OpenAI's Triton kernels for mxfp4. No quantisation library and no GPU is
+needed.
 """
 
 import re
@@ -17,11 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import TargetError
+from .errors import FxroofError, TargetError
+from .packed import (
+    FP8,
+    FourBitLinear,
+    Fp8Linear,
+    Mxfp4Experts,
+    Mxfp4Mlp,
+    PackedExperts,
+    PackedLinear,
+    RowwiseLinear,
+    fp8_weight,
+    meta_tensor,
+    name_of,
+    packed_parameter,
+)
 
 Settings = Mapping[str, Any]
-
-_FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +67,6 @@ def settings_of(config: Mapping[str, Any], where: str) -> Settings | None:
         return None
     if not isinstance(found, Mapping):
         raise TargetError(f"{where}: quantization_config is a {type(found).__name__}, not an object.")
-    if found.get("dequantize"):
-        return None
     method = _method(found)
     if method not in _METHODS:
         raise TargetError(
@@ -78,7 +88,7 @@ def compute_dtype(settings: Settings, dtype: torch.dtype) -> tuple[torch.dtype, 
         wanted = torch.bfloat16
     if wanted is dtype:
         return dtype, ()
-    return wanted, (f"transformers loads {method} models in {_name(wanted)}, not {_name(dtype)}",)
+    return wanted, (f"transformers loads {method} models in {name_of(wanted)}, not {name_of(dtype)}",)
 
 
 def convert(model: Any, settings: Settings, where: str) -> Packed:
@@ -95,12 +105,17 @@ def convert(model: Any, settings: Settings, where: str) -> Packed:
     unique = {id(p): p for p in model.parameters()}
     dtypes = Counter[str]()
     for parameter in unique.values():
-        dtypes[_name(parameter.dtype)] += parameter.numel()
+        dtypes[name_of(parameter.dtype)] += parameter.numel()
     work = _Work(model=model, settings=settings, where=where)
     method = _method(settings)
+    if settings.get("dequantize"):
+        note = f"quantization_config ({method}) says dequantize: weights are unpacked on loading, and priced so"
+        return Packed(parameters=sum(dtypes.values()), dtypes=dict(dtypes.most_common()), notes=(note,))
     try:
-        kernel_notes = _METHODS[method](work)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        kernel_notes = tuple(_METHODS[method](work))
+    except FxroofError:
+        raise
+    except Exception as error:  # settings are a user's file: any type may stand where another is meant
         raise TargetError(
             f"{where}: quantization_config ({method}) cannot be understood: {type(error).__name__}: {error}"
         ) from error
@@ -113,7 +128,7 @@ def convert(model: Any, settings: Settings, where: str) -> Packed:
         dtypes[plain] -= count
         dtypes[stored] += count
     return Packed(
-        parameters=sum(p.numel() for p in unique.values()),
+        parameters=sum(dtypes.values()),
         dtypes={name: count for name, count in dtypes.most_common() if count},
         notes=(work.summary(method), *kernel_notes),
     )
@@ -138,7 +153,7 @@ class _Work:
         stacks = [
             (n, m)
             for n, m in self.model.named_modules()
-            if any(p.dim() == 3 and k.endswith("_proj") for k, p in m.named_parameters(recurse=False)) and wanted(n, m)
+            if any(_is_stack(k, p) for k, p in m.named_parameters(recurse=False)) and wanted(n, m)
         ]
         for name, module in stacks:
             if not hasattr(module, "has_gate"):
@@ -160,7 +175,7 @@ class _Work:
             delattr(module, name)
             self.count("", parameter, stored)
             for suffix, tensor in pack(outputs, inputs).items():
-                module.register_parameter(name + suffix, _parameter((experts, *tensor.shape), tensor.dtype))
+                module.register_parameter(name + suffix, packed_parameter((experts, *tensor.shape), tensor.dtype))
         self.converted["expert stacks"] += 1
         # the module keeps its gating, activation and biases: only how it multiplies changes
         module.__class__ = type(forward.__name__, (forward, type(module)), {})
@@ -169,7 +184,7 @@ class _Work:
         """Write down that a weight is now stored as another type."""
         if kind:
             self.converted[kind] += 1
-        self.moved[stored, _name(parameter.dtype)] += parameter.numel()
+        self.moved[stored, name_of(parameter.dtype)] += parameter.numel()
 
     def refusal(self, reason: str) -> TargetError:
         """An error that says what cannot be priced."""
@@ -178,8 +193,8 @@ class _Work:
             "Remove quantization_config from a copy of the file to price the unquantised model.",
         )
 
-    def skips(self, listed: Any, *, always_defaults: bool = False) -> Callable[[str, nn.Module], bool]:
-        """Whether transformers converts a module: `HfQuantizer.get_modules_to_not_convert`, `should_convert_module`."""
+    def unless_listed(self, listed: Any, *, always_defaults: bool = False) -> Callable[[str, nn.Module], bool]:
+        """Which modules transformers converts: `HfQuantizer.get_modules_to_not_convert` and `should_convert_module`."""
         kept = set(listed or ())
         if listed is None or always_defaults:
             kept |= _default_skips(self.model)
@@ -191,14 +206,19 @@ class _Work:
         """What holds packed weights, and which linear layers do not."""
         done = " and ".join(f"{count} {kind}" for kind, count in self.converted.items())
         left = [
-            f"{re.sub(r'[.][0-9]+', '.*', n)} ({_name(m.weight.dtype)})"
-            for n, m in self.model.named_modules()
-            if isinstance(m, nn.Linear)
+            f"{re.sub(r'[.][0-9]+', '.*', name)} ({name_of(parameter.dtype)})"
+            for name, module in self.model.named_modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if (isinstance(module, nn.Linear) and key == "weight") or _is_stack(key, parameter)
         ]
-        names = list(dict.fromkeys(left))
+        names = sorted(dict.fromkeys(left), key=lambda name: name.count("."))
         rest = f", {len(names) - 5} more" if len(names) > 5 else ""
         kept = f"; left as they are: {', '.join(names[:5])}{rest}" if names else ""
         return f"quantised by {method}: {done} hold packed weights{kept}"
+
+
+def _is_stack(name: str, parameter: torch.Tensor) -> bool:
+    return parameter.dim() == 3 and name.endswith("_proj") and parameter.element_size() > 1
 
 
 _Packing = Callable[[int, int], dict[str, torch.Tensor]]
@@ -220,7 +240,8 @@ def _default_skips(model: Any) -> set[str]:
 
 def _finegrained_fp8(work: _Work) -> Iterable[str]:
     settings = work.settings
-    block = settings.get("weight_block_size", (128, 128))
+    # ignored_layers is vLLM's spelling, whose fp8 has no blocks unless it says so
+    block = settings.get("weight_block_size", None if "ignored_layers" in settings else (128, 128))
     static = str(settings.get("activation_scheme", "dynamic")).lower() == "static"
     exponents = settings.get("scale_fmt", "float") == "ue8m0"
     if settings.get("expert_dtype", "fp8") != "fp8":
@@ -232,16 +253,16 @@ def _finegrained_fp8(work: _Work) -> Iterable[str]:
     kernel = "triton"
     if blocks == (128, 128) and not static:
         kernel = "deepgemm_ue8m0" if exponents else "deepgemm"
-    wanted = work.skips(settings.get("modules_to_not_convert"))
+    wanted = work.unless_listed(settings.get("modules_to_not_convert", settings.get("ignored_layers")))
     for name, module in work.model.named_modules():
         if isinstance(module, nn.Linear) and "GroupedLinear" in type(module).__name__ and wanted(name, module):
             raise work.refusal(f"{name} is a block-diagonal {type(module).__name__}")
     for name, linear in work.linears(wanted):
-        work.replace(name, linear, Fp8Linear(linear, blocks, scale, kernel, static=static), _name(_FP8))
+        work.replace(name, linear, Fp8Linear(linear, blocks, scale, kernel, static=static), name_of(FP8))
     for name, module in work.experts(lambda n, m: n.endswith(".experts") and wanted(n, m)):
         if getattr(module, "has_bias", False):
             raise work.refusal(f"{name} has biases, which transformers' fp8 experts do not take")
-        work.pack_experts(module, _name(_FP8), lambda n, k: _fp8_weight(n, k, blocks, scale), PackedExperts)
+        work.pack_experts(module, name_of(FP8), lambda n, k: fp8_weight(n, k, blocks, scale), PackedExperts)
     per = f"{blocks[0]}x{blocks[1]} blocks" if blocks else "per tensor"
     yield (
         f"fp8 weights scaled {per}, {'static' if static else 'dynamic'} activation scales, products of fp8 by fp8: "
@@ -261,80 +282,20 @@ def _finegrained_fp8(work: _Work) -> Iterable[str]:
     )
 
 
-def _fp8_weight(outputs: int, inputs: int, block: tuple[int, int] | None, scale: torch.dtype) -> dict[str, torch.Tensor]:
-    tiles = (1, 1) if block is None else (-(-outputs // block[0]), -(-inputs // block[1]))
-    return {"": _empty((outputs, inputs), _FP8), "_scale_inv": _empty(tiles, scale)}
-
-
-class Fp8Linear(nn.Module):
-    """Weights and activations in fp8: quantise the rows, multiply, scale; a bias is a kernel of its own."""
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        block: tuple[int, int] | None,
-        scale: torch.dtype,
-        kernel: str,
-        *,
-        static: bool = False,
-        fused_bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        tensors = _fp8_weight(linear.out_features, linear.in_features, block, scale)
-        self.weight = _parameter(tensors[""].shape, _FP8)
-        self.weight_scale_inv = _parameter(tensors["_scale_inv"].shape if block else (), scale)
-        self.activation_scale = _parameter((), torch.float32) if static else None
-        self.bias = linear.bias
-        self.group = block[1] if block else linear.in_features
-        self.kernel, self.fused_bias = kernel, fused_bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `torch.nn.Linear`."""
-        ops = torch.ops.fxroof
-        rows, scales = ops.quantize_activations(x, self.activation_scale, self.group, _FP8, self.kernel)
-        bias = self.bias if self.fused_bias else None
-        out: torch.Tensor = ops.linear_scaled(
-            rows, scales, self.weight, self.weight_scale_inv, bias, x.dtype, self.kernel
-        )
-        return out if self.bias is None or self.fused_bias else out.add_(self.bias)
-
-
 # fp8 by rows: integrations/fbgemm_fp8.py
 
 
 def _fbgemm_fp8(work: _Work) -> Iterable[str]:
-    wanted = work.skips(work.settings.get("modules_to_not_convert"))
+    wanted = work.unless_listed(work.settings.get("modules_to_not_convert"))
     for name, linear in work.linears(wanted):
-        new = RowwiseLinear(linear, _FP8)
-        work.replace(name, linear, new, _name(_FP8))
+        new = RowwiseLinear(linear, FP8)
+        work.replace(name, linear, new, name_of(FP8))
     if work.experts(wanted):
         raise work.refusal("transformers has FBGEMM experts for Llama 4 alone")
     yield (
         "fp8 weights scaled per output channel, activations per row: FBGEMM's quantise_fp8_per_row, then its row-wise "
         "product of fp8 by fp8; it needs compute capability 9.0"
     )
-
-
-class RowwiseLinear(nn.Module):
-    """Weights of 8 bits with a scale an output channel, activations of 8 bits with a scale a row."""
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, kernel: str = "rowwise") -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = _parameter((linear.out_features, linear.in_features), dtype)
-        self.weight_scale = _parameter((linear.out_features, 1), torch.float32)
-        self.bias = linear.bias
-        self.stored, self.kernel = dtype, kernel
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `torch.nn.Linear`."""
-        ops = torch.ops.fxroof
-        rows, scales = ops.quantize_activations(x, None, self.in_features, self.stored, self.kernel)
-        out: torch.Tensor = ops.linear_scaled(
-            rows, scales, self.weight, self.weight_scale, self.bias, x.dtype, self.kernel
-        )
-        return out
 
 
 # integers of a few bits with 16-bit activations
@@ -345,7 +306,7 @@ def _awq(work: _Work) -> Iterable[str]:
     bits, group = int(settings.get("bits", settings.get("w_bit", 4))), _group(settings, "q_group_size")
     if bits not in (4, 8):
         raise work.refusal(f"{bits} bits")
-    wanted = work.skips(settings.get("modules_to_not_convert"), always_defaults=True)
+    wanted = work.unless_listed(settings.get("modules_to_not_convert"), always_defaults=True)
     zeros = bool(settings.get("zero_point", True))
     _pack_integers(work, wanted, bits, group, zeros=zeros, stored_zeros=zeros)
     yield _weight_only(bits, group, "Marlin, as gptqmodel picks it")
@@ -399,13 +360,14 @@ def _pack_integers(
     for name, linear in work.linears(wanted):
         packing = _integers(linear.out_features, linear.in_features, bits, group, stored_zeros, linear.weight.dtype)
         if indexed:
-            packing[".g_idx"] = _empty((linear.in_features,), torch.int32)
+            packing["_g_idx"] = meta_tensor((linear.in_features,), torch.int32)
         work.replace(name, linear, PackedLinear(linear, packing, zeros=zeros, ordered=ordered), f"int{bits}")
     dtype = work.model.dtype
     for _, module in work.experts(wanted):
         work.pack_experts(
             module, f"int{bits}", lambda n, k: _integers(n, k, bits, group, stored_zeros, dtype), PackedExperts
         )
+        module.zeros = zeros  # type: ignore[assignment]  # a plain attribute of what is now a PackedExperts
 
 
 def _integers(
@@ -414,38 +376,12 @@ def _integers(
     """GPTQ's layout, and in bytes AWQ's: packed along the inputs in int32, scales and zero points a group."""
     groups = -(-inputs // group) if group > 0 else 1
     packed = {
-        ".qweight": _empty((inputs * bits // 32, outputs), torch.int32),
-        ".scales": _empty((groups, outputs), dtype),
+        "_qweight": meta_tensor((inputs * bits // 32, outputs), torch.int32),
+        "_scales": meta_tensor((groups, outputs), dtype),
     }
     if zeros:
-        packed[".qzeros"] = _empty((groups, -(-outputs * bits // 32)), torch.int32)
+        packed["_qzeros"] = meta_tensor((groups, -(-outputs * bits // 32)), torch.int32)
     return packed
-
-
-class PackedLinear(nn.Module):
-    """Weights of a few bits, widened to the activations' type in registers as they are multiplied."""
-
-    def __init__(self, linear: nn.Linear, packing: Mapping[str, torch.Tensor], *, zeros: bool, ordered: bool) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        for suffix, tensor in packing.items():
-            self.register_parameter(suffix.removeprefix("."), _parameter(tensor.shape, tensor.dtype))
-        self.bias = linear.bias
-        # checkpoints hold zero points and an order even where the kernel does without
-        self.zeros, self.ordered = zeros, ordered
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `torch.nn.Linear`."""
-        out: torch.Tensor = torch.ops.fxroof.linear_packed(
-            x,
-            self.qweight,
-            self.scales,
-            self.qzeros if self.zeros else None,
-            self.g_idx if self.ordered else None,
-            self.bias,
-            self.out_features,
-        )
-        return out
 
 
 def _weight_only(bits: int, group: int, kernel: str) -> str:
@@ -478,8 +414,8 @@ def _compressed_tensors(work: _Work) -> Iterable[str]:
     if work.settings.get("kv_cache_scheme"):
         yield "kv_cache_scheme is not applied: transformers keeps the cache in the model's own type"
     yield (
-        "kernels as vLLM runs this format; transformers by itself unpacks these weights to 16 bit at the first forward: "
-        "remove quantization_config to price that"
+        "kernels as vLLM runs this format; transformers by itself unpacks these weights to 16 bit at the first "
+        "forward: remove quantization_config to price that"
     )
 
 
@@ -497,7 +433,8 @@ def _compressed_group(work: _Work, group: Settings, ignored: list[str]) -> Itera
     if activations is None and kind == "int" and bits in (4, 8):
         size = int(weights.get("group_size") or -1)
         zeros = not weights.get("symmetric", True)
-        _pack_integers(work, wanted, bits, size, zeros=zeros, stored_zeros=zeros)
+        ordered = weights.get("actorder") == "group"
+        _pack_integers(work, wanted, bits, size, zeros=zeros, stored_zeros=zeros, ordered=ordered, indexed=ordered)
         yield _weight_only(bits, size, "Marlin")
         yield from _expert_kernels(work)
         return
@@ -505,7 +442,7 @@ def _compressed_group(work: _Work, group: Settings, ignored: list[str]) -> Itera
     if not same or bits != 8 or kind not in ("int", "float"):
         inputs = "16-bit activations" if activations is None else f"{activations}"
         raise work.refusal(f"weights of {bits}-bit {kind} with {inputs}")
-    dtype = _FP8 if kind == "float" else torch.int8
+    dtype = FP8 if kind == "float" else torch.int8
     block = weights.get("block_structure") if strategy == "block" else None
     if strategy == "block" and block is None:
         raise work.refusal("blocks without block_structure")
@@ -518,17 +455,17 @@ def _compressed_group(work: _Work, group: Settings, ignored: list[str]) -> Itera
             new = RowwiseLinear(linear, dtype)
         else:
             new = Fp8Linear(linear, blocks, torch.float32, "rowwise", fused_bias=True)
-        work.replace(name, linear, new, _name(dtype))
+        work.replace(name, linear, new, name_of(dtype))
     if dtype is torch.int8 and work.experts(wanted):
         raise work.refusal("experts in int8")
     for _, module in work.experts(wanted):
         work.pack_experts(
-            module, _name(dtype), lambda n, k: _fp8_weight(n, k, blocks or (1, k), torch.float32), PackedExperts
+            module, name_of(dtype), lambda n, k: fp8_weight(n, k, blocks or (1, k), torch.float32), PackedExperts
         )
     per = f"{blocks[0]}x{blocks[1]} blocks" if blocks else "per output channel"
     yield (
-        f"{_name(dtype)} weights scaled {per}, activations of the same type: a kernel that quantises them, then a "
-        f"product of {_name(dtype)} by {_name(dtype)}"
+        f"{name_of(dtype)} weights scaled {per}, activations of the same type: a kernel that quantises them, then a "
+        f"product of {name_of(dtype)} by {name_of(dtype)}"
     )
     if work.converted["expert stacks"]:
         yield "experts: one grouped kernel a projection over rows sorted by expert, quantising as it loads"
@@ -546,9 +483,8 @@ def _targeted(name: str, kind: str, patterns: Iterable[str]) -> bool:
 
 def _bitsandbytes(work: _Work) -> Iterable[str]:
     settings = work.settings
-    # load_in_4bit is written as _load_in_4bit too
-    four = bool(settings.get("load_in_4bit", settings.get("_load_in_4bit")))
-    wanted = work.skips(settings.get("llm_int8_skip_modules"))
+    four = not settings.get("load_in_8bit", settings.get("_load_in_8bit"))
+    wanted = work.unless_listed(settings.get("llm_int8_skip_modules"))
     convolutions = [n for n, m in work.model.named_modules() if type(m).__name__ == "Conv1D" and wanted(n, m)]
     if convolutions:
         raise work.refusal(f"{convolutions[0]} is a Conv1D")
@@ -573,127 +509,33 @@ def _bitsandbytes(work: _Work) -> Iterable[str]:
         )
 
 
-class FourBitLinear(nn.Module):
-    """Weights of 4 bits in blocks of 64 that share a scale (QLoRA, Dettmers et al. 2023, section 3)."""
-
-    def __init__(self, linear: nn.Linear, *, nested: bool, half_computes_in: torch.dtype) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        count = linear.weight.numel()
-        blocks = -(-count // 64)
-        self.weight = _parameter((-(-count // 2), 1), torch.uint8)
-        self.absmax = _parameter((blocks,), torch.uint8 if nested else torch.float32)
-        self.nested_absmax = _parameter((-(-blocks // 256),), torch.float32) if nested else None
-        self.bias = linear.bias
-        # Linear4bit.set_compute_type: bfloat16 and float32 activations overrule the config
-        self.half_computes_in = half_computes_in
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `torch.nn.Linear`."""
-        ops, given = torch.ops.fxroof, x.dtype
-        if given is torch.float16 and self.half_computes_in is not given:
-            x = x.to(self.half_computes_in)
-        if x.numel() == x.shape[-1]:
-            out: torch.Tensor = ops.linear_packed(
-                x, self.weight, self.absmax, self.nested_absmax, None, None, self.out_features
-            )
-            out = out if self.bias is None else out + self.bias.to(x.dtype)
-        else:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            shape = (self.out_features, self.in_features)
-            plain = ops.dequantize_weight(self.weight, self.absmax, self.nested_absmax, shape, x.dtype)
-            out = torch.nn.functional.linear(x, plain, bias)
-        return out.to(given)
-
-
 # mxfp4: integrations/mxfp4.py
 
 
 def _mxfp4(work: _Work) -> Iterable[str]:
-    wanted = work.skips(work.settings.get("modules_to_not_convert"))
+    wanted = work.unless_listed(work.settings.get("modules_to_not_convert"))
     for name, module in list(work.model.named_modules()):
         if type(module).__name__ != "GptOssMLP" or not wanted(f"{name}.experts", module):
             continue
         work.pack_experts(module.experts, "mxfp4", _mxfp4_weight, Mxfp4Experts)
         for parameter_name, parameter in list(module.experts.named_parameters(recurse=False)):
             if parameter_name.endswith("_bias"):
-                setattr(module.experts, parameter_name, _parameter(parameter.shape, torch.float32))
-                work.moved["float32", _name(parameter.dtype)] += parameter.numel()
+                setattr(module.experts, parameter_name, packed_parameter(parameter.shape, torch.float32))
+                work.moved["float32", name_of(parameter.dtype)] += parameter.numel()
         module.__class__ = type("Mxfp4Mlp", (Mxfp4Mlp, type(module)), {})
     yield (
-        "mxfp4 experts, blocks of 32 e2m1 values with an e8m0 scale: OpenAI's Triton kernels (matmul_ogs), which gather, "
-        "add the bias and apply SwiGLU in the first product and scatter in the second; activations are bfloat16, so "
-        "weights are widened to bfloat16 and multiplied there, on Hopper and on Blackwell alike"
+        "mxfp4 experts, blocks of 32 e2m1 values with an e8m0 scale: OpenAI's Triton kernels (matmul_ogs), which "
+        "gather, add the bias and apply SwiGLU in the first product and scatter in the second; activations are "
+        "bfloat16, so weights are widened to that and multiplied there, on Hopper and on Blackwell alike"
     )
 
 
 def _mxfp4_weight(outputs: int, inputs: int) -> dict[str, torch.Tensor]:
     blocks = -(-inputs // 32)
-    return {"": _empty((outputs, blocks * 16), torch.uint8), "_scales": _empty((outputs, blocks), torch.uint8)}
-
-
-class Mxfp4Mlp(nn.Module):
-    """Router, then experts whose routing is one kernel."""
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states -> the experts' result and the router's logits."""
-        ops, router, shape = torch.ops.fxroof, self.router, hidden_states.shape
-        rows = hidden_states.reshape(-1, shape[-1])
-        logits = torch.nn.functional.linear(rows, router.weight, router.bias)
-        scores, experts = ops.route(logits, router.top_k)
-        return self.experts(rows, experts, scores).reshape(shape), logits
-
-
-class Mxfp4Experts(nn.Module):
-    """Two products over the chosen experts' packed matrices."""
-
-    def forward(self, rows: torch.Tensor, experts: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Rows of hidden states -> the weighted sum of their experts' results."""
-        ops = torch.ops.fxroof
-        inner = ops.experts_gate_up_mxfp4(
-            rows, experts, self.gate_up_proj, self.gate_up_proj_scales, self.gate_up_proj_bias
-        )
-        out: torch.Tensor = ops.experts_down_mxfp4(
-            inner, experts, scores, self.down_proj, self.down_proj_scales, self.down_proj_bias
-        )
-        return out
-
-
-class PackedExperts(nn.Module):
-    """transformers' `grouped_mm` experts (integrations/moe.py) over packed matrices."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Rows of hidden states, the experts chosen for each and their weights -> the weighted sum of results."""
-        tokens, chosen = top_k_index.shape
-        experts, order = torch.sort(top_k_index.reshape(-1))
-        rows = hidden_states[order // chosen]
-        counts = torch.histc(experts.int(), bins=self.num_experts, min=0, max=self.num_experts - 1)
-        ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
-        if self.has_gate:
-            inner = self._apply_gate(self._product(rows, "gate_up_proj", experts, ends))
-        else:
-            inner = self.act_fn(self._product(rows, "up_proj", experts, ends))
-        out = self._product(inner, "down_proj", experts, ends)
-        if getattr(self, "has_post_expert_norm", False):
-            out = self.post_expert_norm(out)
-        out = out * top_k_weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.size(0), device=order.device)
-        return out[back].view(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)
-
-    def _product(self, rows: torch.Tensor, name: str, experts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        bias = getattr(self, f"{name}_bias", None)
-        held = self._parameters
-        if f"{name}.qweight" in held:
-            weight, scales, zeros = (held.get(f"{name}.{part}") for part in ("qweight", "scales", "qzeros"))
-            outputs = scales.shape[-1]
-        else:
-            weight, scales, zeros = held[name], held[f"{name}_scale_inv"], None
-            outputs = weight.shape[1]
-        out: torch.Tensor = torch.ops.fxroof.grouped_linear(rows, weight, scales, zeros, ends, outputs)
-        return out if bias is None else out.add_(bias[experts])
+    return {
+        "": meta_tensor((outputs, blocks * 16), torch.uint8),
+        "_scales": meta_tensor((outputs, blocks), torch.uint8),
+    }
 
 
 def _method(settings: Settings) -> str:
@@ -703,136 +545,11 @@ def _method(settings: Settings) -> str:
 
 
 _METHODS: Mapping[str, Callable[[_Work], Iterable[str]]] = {
-    "fp8": lambda work: tuple(_finegrained_fp8(work)),
-    "fbgemm_fp8": lambda work: tuple(_fbgemm_fp8(work)),
-    "mxfp4": lambda work: tuple(_mxfp4(work)),
-    "awq": lambda work: tuple(_awq(work)),
-    "gptq": lambda work: tuple(_gptq(work)),
-    "compressed-tensors": lambda work: tuple(_compressed_tensors(work)),
-    "bitsandbytes": lambda work: tuple(_bitsandbytes(work)),
+    "fp8": _finegrained_fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
+    "mxfp4": _mxfp4,
+    "awq": _awq,
+    "gptq": _gptq,
+    "compressed-tensors": _compressed_tensors,
+    "bitsandbytes": _bitsandbytes,
 }
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(_empty(shape, dtype), requires_grad=False)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-# the ops: schemas and result shapes, nothing to compute
-
-
-def _quantize_activations(
-    x: torch.Tensor, scale: torch.Tensor | None, group: int, dtype: torch.dtype, kernel: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = (1,) if scale is not None else (*x.shape[:-1], -(-x.shape[-1] // group))
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), x.new_empty(
-        groups, dtype=torch.float32
-    )
-
-
-def _linear_scaled(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    kernel: str,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
-
-
-def _linear_packed(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    order: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    outputs: int,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], outputs))
-
-
-def _dequantize_weight(
-    weight: torch.Tensor, scales: torch.Tensor, nested: torch.Tensor | None, shape: list[int], dtype: torch.dtype
-) -> torch.Tensor:
-    return weight.new_empty(shape, dtype=dtype)
-
-
-def _grouped_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    ends: torch.Tensor,
-    outputs: int,
-) -> torch.Tensor:
-    return x.new_empty((x.shape[0], outputs))
-
-
-def _route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
-
-
-def _experts_gate_up_mxfp4(
-    x: torch.Tensor, experts: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
-    return x.new_empty((experts.numel(), weight.shape[1] // 2))
-
-
-def _experts_down_mxfp4(
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    scores: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor,
-) -> torch.Tensor:
-    return x.new_empty((experts.shape[0], weight.shape[1]))
-
-
-_LIBRARY = torch.library.Library("fxroof", "DEF")
-for _schema, _shape in (
-    (
-        "quantize_activations(Tensor x, Tensor? scale, int group, ScalarType dtype, str kernel) -> (Tensor, Tensor)",
-        _quantize_activations,
-    ),
-    (
-        "linear_scaled(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype, "
-        "str kernel) -> Tensor",
-        _linear_scaled,
-    ),
-    (
-        "linear_packed(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, "
-        "int outputs) -> Tensor",
-        _linear_packed,
-    ),
-    (
-        "dequantize_weight(Tensor weight, Tensor scales, Tensor? nested, int[] shape, ScalarType dtype) -> Tensor",
-        _dequantize_weight,
-    ),
-    (
-        "grouped_linear(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, Tensor ends, int outputs) -> Tensor",
-        _grouped_linear,
-    ),
-    ("route(Tensor logits, int top_k) -> (Tensor, Tensor)", _route),
-    (
-        "experts_gate_up_mxfp4(Tensor x, Tensor experts, Tensor weight, Tensor scales, Tensor bias) -> Tensor",
-        _experts_gate_up_mxfp4,
-    ),
-    (
-        "experts_down_mxfp4(Tensor x, Tensor experts, Tensor scores, Tensor weight, Tensor scales, Tensor bias) "
-        "-> Tensor",
-        _experts_down_mxfp4,
-    ),
-):
-    _LIBRARY.impl(_LIBRARY.define(_schema), _shape, "Meta")

@@ -4,6 +4,7 @@
 `docs/json.md`: seconds, bytes, FLOPs.
 """
 
+import html
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 from .analysis import Coverage, PhaseAnalysis
 from .errors import ReportFileError
 from .graph import Graph
+from .memory import CacheGrowth, Memory
 from .scenario import Scenario
 
 SCHEMA_VERSION = 1
@@ -21,7 +23,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The model as reports name it; parameters tied to each other count once."""
+    """The model as reports name it; parameters tied to each other count once. `cache` is None where it is not known."""
 
     name: str
     source: str
@@ -30,6 +32,7 @@ class ModelInfo:
     dtypes: dict[str, int]
     cache_kind: str
     notes: tuple[str, ...] = ()
+    cache: CacheGrowth | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +72,24 @@ class Run:
     phases: tuple[PhaseAnalysis, ...]
     findings: tuple[dict[str, str], ...] = ()
     assumptions: tuple[str, ...] = ()
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseFailure:
+    """A phase that was asked for and could not be analysed, and why: an error's message and hint."""
+
+    phase: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Report:
-    """What `fxroof analyze` found, and everything needed to price it again for another GPU without torch."""
+    """What `fxroof analyze` found, and everything needed to price it again for another GPU without torch.
+
+    `print(report)` shows what the terminal shows, and so does a notebook.
+    """
 
     schema_version: int = SCHEMA_VERSION
     fxroof_version: str
@@ -83,6 +99,25 @@ class Report:
     scenario: Scenario
     graphs: dict[str, Graph]
     runs: tuple[Run, ...]
+    failures: tuple[PhaseFailure, ...] = ()
+
+    def __str__(self) -> str:
+        from .render.registry import Options, render  # the one look upwards: an object that shows itself
+
+        return render(self, "terminal", Options())
+
+    def __repr__(self) -> str:
+        bounds = (f"{run.gpu.key} {p.name} {_short(p.seconds.bound)}" for run in self.runs for p in run.phases)
+        failed = (f"{failure.phase} failed" for failure in self.failures)
+        return f"<fxroof report of {self.model.name}: {', '.join([*bounds, *failed]) or 'no phases'}>"
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="line-height: 1.2">{html.escape(str(self))}</pre>'
+
+
+def _short(seconds: float) -> str:
+    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def fxroof_version() -> str:

@@ -14,7 +14,7 @@ class Request:
         init: an expression in the target's namespace that builds the model; empty to find it.
         inputs: `name=2x3x224x224:bf16` for each input of forward given by hand.
         scenario: batch and lengths.
-        phase: `prefill`, `decode`, `forward`, or `all` that the model has.
+        phase: `prefill`, `decode`, `forward`, `encoder`, or `all` that the model has.
         dtype: `as-is`, `bf16`, `fp16` or `fp32`.
         attention: `sdpa` or `eager`, for transformers models.
         trust_remote_code: run code that a model repository brings.

@@ -31,6 +31,17 @@ class Lanes:
     special: float = 0.0
     memory: float = 0.0
 
+    def times(self, repeat: int) -> "Lanes":
+        """Seconds of that many kernels."""
+        if repeat == 1:
+            return self
+        return Lanes(
+            tensor=repeat * self.tensor,
+            vector=repeat * self.vector,
+            special=repeat * self.special,
+            memory=repeat * self.memory,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:

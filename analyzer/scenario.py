@@ -8,7 +8,7 @@ class Phase:
     """One way a model is run.
 
     Attributes:
-        name: `prefill`, `decode` or `forward`.
+        name: `encoder`, `prefill`, `decode` or `forward`.
         tokens: rows pushed through the model (batch x length); 0 for non-token models.
         new_tokens: tokens gained by it: all of the prompts, one a sequence in decode.
         cache_fill: share of a cache that the model owns which earlier tokens fill when the phase starts; 1 for caches
@@ -31,6 +31,7 @@ class Scenario:
         output_len: tokens generated for each.
         name: how reports call it.
         lengths_given: true when the user chose the lengths, which are then not shortened to the model's limit.
+        source_len: positions that an encoder makes of its input, which the decoder attends to; 0 without an encoder.
     """
 
     batch_size: int = 1
@@ -38,6 +39,7 @@ class Scenario:
     output_len: int = 256
     name: str = "default"
     lengths_given: bool = False
+    source_len: int = 0
 
     @property
     def context_len(self) -> int:

@@ -5,13 +5,14 @@ gives exact strides and storage identity: attention returns the layout of the GP
 views, and a reloaded program gets its aliasing back.
 """
 
+import contextlib
 import functools
 import math
 import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import TraceError
-from .formulas.attention import Attention, is_fused_somewhere, traced_output_stride
 from .graph import Arg, Graph, Op, Role, Span, Storage, Tensor, TensorRef
 from .meta import tracing
 from .scenario import Phase
+from .sdpa import Attention, is_fused_somewhere, traced_output_stride
+from .subgraphs import Sparsity, counted, sparsity
 
 RESULT, CACHE = "result", "cache"
 """Keys under which a program may return its tensors, to say which of them are carried to the next step."""
@@ -34,7 +37,7 @@ NODE_LIMIT = 200_000
 
 
 def trace(
-    module: nn.Module,
+    module: nn.Module | torch.export.ExportedProgram,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -45,7 +48,7 @@ def trace(
     """Trace a module on the meta device into the program that a GPU would run.
 
     Args:
-        module: all of whose tensors are on meta; see `meta.on_meta`.
+        module: all of whose tensors are on meta; see `meta.on_meta`. Or a program that is already exported.
         args: example inputs on meta.
         kwargs: further example inputs by name.
         phase: what the graph is a phase of; a plain forward when not given.
@@ -55,7 +58,7 @@ def trace(
     Raises:
         TraceError: export failed; the message names the user's line.
     """
-    program = export(module, args, kwargs)
+    program = module if isinstance(module, torch.export.ExportedProgram) else export(module, args, kwargs)
     return from_exported(program, args, kwargs, phase=phase, cache=cache, prefix=prefix)
 
 
@@ -106,11 +109,15 @@ class _Builder:
     tensors: dict[Tensor, int] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     alive: list[Any] = field(default_factory=list)  # a storage's address is its name only while it lives
+    constants: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # those with values
+    names: set[str] = field(default_factory=set)
+    site: "_Site" = field(default_factory=lambda: _Site())
+    mapped: int = 0  # depth of torch.vmap
 
     def build(self, phase: Phase) -> Graph:
         env: dict[fx.Node, Any] = {}
         inputs = self._place_inputs(env)
-        with torch.no_grad():
+        with torch.no_grad(), self._vmap_left():
             returned = self._run(self.program.graph_module, env)
         outputs = self._outputs(returned)
         carried = self._outputs(self._carried(returned))
@@ -144,6 +151,8 @@ class _Builder:
             else:
                 target = str(spec.target)
                 value = program.state_dict.get(target, program.constants.get(target))
+                if isinstance(value, torch.Tensor) and not value.is_meta:
+                    self.constants[node] = value
                 env[node] = _as_meta(value)
                 if isinstance(env[node], torch.Tensor):
                     weight = spec.kind == kinds.PARAMETER or (spec.kind == kinds.BUFFER and bool(spec.persistent))
@@ -165,9 +174,14 @@ class _Builder:
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
         if isinstance(target, torch._ops.HigherOrderOperator):
+            if self.mapped or str(target) == "flat_apply":  # which calls a Python function, such as an autograd one
+                return self._call_below(node, target, args, kwargs)
             return self._higher_order(node, target, args, kwargs)
         if not isinstance(target, torch._ops.OpOverload):
+            self.mapped += _VMAP_DEPTH.get(getattr(target, "__name__", ""), 0)
             return target(*args, **kwargs)  # type: ignore[operator]  # operator.getitem and integer arithmetic
+        if self.mapped:
+            return self._call_below(node, target, args, kwargs)
         result = self._evaluate(node, target, args, kwargs)
         self.alive.append(result)
         self._record(node, target, args, kwargs, result)
@@ -182,19 +196,203 @@ class _Builder:
             # no meta kernel outside export's own: take export's shapes, as fresh memory
             return pytree.tree_map(_fresh, node.meta.get("val"))
 
+    def _call_below(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
+        """Write down the ops that a call makes: under torch.vmap, those of the batching rule on whole batches."""
+        builder = self
+
+        class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                builder.alive.append(result)
+                builder._record(node, func, args, kwargs or {}, result)
+                return result
+
+        try:
+            with Below():  # type: ignore[no-untyped-call]
+                return target(*args, **_meta_device(kwargs))
+        except Exception as error:
+            raise TraceError(
+                f"{target} cannot be followed under torch.vmap: {type(error).__name__}: {error}",
+                "Write the batched form of the function.",
+            ) from error
+
+    @contextlib.contextmanager
+    def _vmap_left(self) -> Iterator[None]:
+        try:
+            yield
+        finally:  # after an error in the middle, torch would stay in vmap
+            for _ in range(self.mapped):
+                torch._C._functorch._vmap_decrement_nesting()
+
     def _higher_order(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
         name = target.name()
+        match name:
+            case "cond":
+                return self._cond(node, *args)
+            case "while_loop":
+                return self._while_loop(node, *args)
+            case "scan":
+                return self._scan(node, name, *args)
+            case "map_impl":
+                body, over, others = args
+                return self._scan(node, name, body, (), over, others)
+            case "associative_scan":
+                return self._associative_scan(node, *args)
+            case "flex_attention":
+                return self._flex_attention(node, *args)
+            case "triton_kernel_wrapper_functional" | "triton_kernel_wrapper_mutation":
+                return self._triton(node, kwargs)
         bodies = [a for a in args if isinstance(a, fx.GraphModule)]
-        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast") and len(bodies) == 1:
-            body = bodies[0]
-            operands = args[args.index(body) + 1 :]
-            holes = [n for n in body.graph.nodes if n.op == "placeholder"]
-            return self._run(body, dict(zip(holes, operands, strict=True)))
+        if name in _WRAPPERS and len(bodies) == 1:
+            (body,) = bodies
+            given = [a for a in pytree.tree_leaves(args[args.index(body) + 1 :]) if not isinstance(a, str)]
+            holes = sum(n.op == "placeholder" for n in body.graph.nodes)
+            if len(given) >= holes:  # hints follow the operands
+                with self._inside(node):
+                    return self._body(body, given[:holes])
+        return self._opaque(node, f"higher_order.{name}", {"args": _flat((args, kwargs))})
+
+    def _opaque(self, node: fx.Node, target: str, args: Mapping[str, Any]) -> Any:
         result = pytree.tree_map(_fresh, node.meta.get("val"))
-        self.alive.append(result)
-        flat = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        self._add(node, f"higher_order.{name}", {"args": tuple(self._ref(t) for t in flat)}, (), result)
+        self._join(node, target, args, result)
         return result
+
+    def _cond(
+        self, node: fx.Node, predicate: Any, true: fx.GraphModule, false: fx.GraphModule, operands: Sequence[Any] = ()
+    ) -> Any:
+        """Both branches are written down; pricing keeps the cheaper one."""
+        name, results = self._name(node), []
+        for number, body in enumerate((true, false)):
+            with self._inside(node, branch=f"{name}:{number}"):
+                results.append(self._body(body, operands))
+        merged = pytree.tree_map(_fresh, results[0])
+        given = {"pred": predicate, "true": _flat(results[0]), "false": _flat(results[1])}
+        self._join(node, "higher_order.cond", given, merged, name)
+        return merged
+
+    def _while_loop(
+        self,
+        node: fx.Node,
+        condition: fx.GraphModule,
+        body: fx.GraphModule,
+        carried: Sequence[Any],
+        others: Sequence[Any] = (),
+    ) -> Any:
+        """A turn is written down with its trip count; one turn where that depends on data."""
+        first: Any = node.args[2]
+        rest: Any = node.args[3] if len(node.args) > 3 else ()
+        loop = counted(condition, body, first, rest, self.constants)
+        trips = 1 if loop is None else loop.trips
+        name, operands = self._name(node), (*carried, *others)
+        with self._inside(node, repeat=trips + 1):
+            self._body(condition, operands)
+        results = list(carried)
+        if trips:
+            with self._inside(node, repeat=trips):
+                results = list(self._body(body, operands))
+        for position, value in (loop.finals if loop else {}).items():
+            if not isinstance(value, torch.Tensor):
+                results[position] = value
+        known = None if loop is None else trips
+        self._join(node, "higher_order.while_loop", {"trips": known, "results": tuple(results)}, (), name)
+        return results
+
+    def _scan(
+        self,
+        node: fx.Node,
+        kind: str,
+        body: fx.GraphModule,
+        init: Sequence[Any],
+        over: Sequence[torch.Tensor],
+        others: Sequence[Any] = (),
+    ) -> Any:
+        """A step is written down with their number, then the stacking of what each step returns."""
+        name, length = self._name(node), over[0].shape[0]
+        with self._inside(node, repeat=length):
+            results = self._body(body, (*init, *(x.select(0, 0) for x in over), *others))
+        carry, each = tuple(results[: len(init)]), tuple(results[len(init) :])
+        stacked = tuple(y if y is None else y.new_empty((length, *y.shape)) for y in each)
+        self._join(node, f"higher_order.{kind}", {"trips": length, "each": each}, stacked, name)
+        return (*carry, *stacked)
+
+    def _associative_scan(
+        self, node: fx.Node, body: fx.GraphModule, over: Sequence[torch.Tensor], others: Sequence[Any] = ()
+    ) -> Any:
+        """One kernel, which combines at least length - 1 times."""
+        name, length = self._name(node), over[0].shape[0]
+        rows = [x.select(0, 0) for x in over]
+        with self._inside(node, repeat=max(length - 1, 0), kernel=name):
+            self._body(body, (*rows, *rows, *others))
+        results = tuple(torch.empty_like(x) for x in over)
+        given = {"trips": length, "xs": tuple(over), "others": tuple(others)}
+        self._join(node, "higher_order.associative_scan", given, results, name)
+        return results
+
+    def _flex_attention(
+        self,
+        node: fx.Node,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        score: fx.GraphModule,
+        block_mask: Sequence[Any],
+        *rest: Any,
+    ) -> Any:
+        """One kernel; `score_mod` runs in it for every pair that the mask leaves."""
+        name, length = self._name(node), (query.shape[-2], key.shape[-2])
+        mask_nodes: Any = (*node.args[4][:-1], block_mask[-1])  # type: ignore[index, misc]
+        captured: Any = node.args[8] if len(node.args) > 8 else ()
+        seen = sparsity(mask_nodes, captured, *length, self.constants)
+        left = seen or Sparsity(1, 1)
+        pairs = query.shape[0] * query.shape[1] * length[0] * length[1] * left.pairs // max(left.of, 1)
+        holes = [n for n in score.graph.nodes if n.op == "placeholder"]
+        score_others, mask_others = (*rest, (), ())[2:4]
+        scalars = [_fresh(n.meta["val"]) for n in holes[:5]]
+        with self._inside(node, repeat=pairs, kernel=name):
+            self._body(score, (*scalars, *score_others))
+        given = {
+            "query": query, "key": key, "value": value, "pairs": pairs, "keys": left.keys,
+            "evaluated": seen is not None, "others": (*score_others, *mask_others),
+        }  # fmt: skip
+        out, *statistics = pytree.tree_map(_fresh, node.meta["val"])
+        self._join(node, "higher_order.flex_attention", given, out, name)
+        return (out, *statistics)
+
+    def _triton(self, node: fx.Node, kwargs: Mapping[str, Any]) -> Any:
+        kernel: Any = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table.get_kernel(kwargs["kernel_idx"])
+        while hasattr(kernel, "fn"):  # autotuners and heuristics wrap the function
+            kernel = kernel.fn
+        return self._opaque(node, f"triton.{kernel.__name__}", kwargs["kwargs"])
+
+    def _body(self, body: fx.GraphModule, operands: Sequence[Any]) -> Any:
+        holes = [n for n in body.graph.nodes if n.op == "placeholder"]
+        return self._run(body, dict(zip(holes, operands, strict=True)))
+
+    @contextlib.contextmanager
+    def _inside(self, node: fx.Node, *, repeat: int = 1, branch: str = "", kernel: str = "") -> Iterator[None]:
+        outer, trace = self.site, node.meta.get("stack_trace") or ""
+        self.site = _Site(
+            stack=node.meta.get("nn_module_stack") or outer.stack,
+            trace=trace if _spans(trace)[0] else outer.trace,
+            repeat=outer.repeat * repeat,
+            branch=(*outer.branch, branch) if branch else outer.branch,
+            kernel=kernel or outer.kernel,
+        )
+        try:
+            yield
+        finally:
+            self.site = outer
+
+    def _join(self, node: fx.Node, target: str, args: Mapping[str, Any], result: Any, name: str = "") -> None:
+        self.alive.append(result)
+        self._add(node, target, {key: self._arg(value) for key, value in args.items()}, (), result, name)
+
+    def _name(self, node: fx.Node) -> str:
+        name = node.name
+        if name in self.names:  # a node of a body, or one that stands for several ops
+            name = f"{name}.{len(self.names)}"
+        self.names.add(name)
+        return name
 
     def _record(self, node: fx.Node, target: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> None:
         bound: dict[str, Arg] = {}
@@ -213,13 +411,23 @@ class _Builder:
                 writes.append(parameter.name)
         self._add(node, str(target), bound, tuple(writes), result)
 
-    def _add(self, node: fx.Node, target: str, args: Mapping[str, Arg], mutates: tuple[str, ...], result: Any) -> None:
-        stack = node.meta.get("nn_module_stack") or {}
-        path, kind = next(reversed(stack.values()), ("", ""))
+    def _add(
+        self,
+        node: fx.Node,
+        target: str,
+        args: Mapping[str, Arg],
+        mutates: tuple[str, ...],
+        result: Any,
+        name: str = "",
+    ) -> None:
+        stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or self.site.stack
+        path, kind = next(reversed(list(stack.values())), ("", ""))
         span, user_span = _spans(node.meta.get("stack_trace") or "")
+        if span is None:
+            span, user_span = _spans(self.site.trace)
         self.ops.append(
             Op(
-                name=node.name,
+                name=name or self._name(node),
                 target=target,
                 module=self._unprefixed(path),
                 module_type=(kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1],
@@ -230,6 +438,9 @@ class _Builder:
                 mutates=mutates,
                 span=span,
                 user_span=user_span,
+                repeat=self.site.repeat,
+                branch=self.site.branch,
+                kernel=self.site.kernel,
             )
         )
 
@@ -291,6 +502,28 @@ class _Builder:
         return path.removeprefix(f"{self.prefix}.") if self.prefix else path
 
 
+_VMAP_DEPTH = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
+
+_WRAPPERS = frozenset(
+    {
+        "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap", "wrap_activation_checkpoint",
+        "tag_activation_checkpoint", "hints_wrapper", "strict_mode", "invoke_subgraph",
+    }
+)  # fmt: skip
+"""Higher-order ops that call one function once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Site:
+    """Where the ops being written down are: see `Op`; and whose source line is theirs, since bodies have none."""
+
+    stack: Mapping[str, Any] = field(default_factory=dict)
+    trace: str = ""
+    repeat: int = 1
+    branch: tuple[str, ...] = ()
+    kernel: str = ""
+
+
 def _attention(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> torch.Tensor:
     """Attention with the output layout of the GPU's kernel; meta's own kernel returns another."""
     bound = dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | kwargs
@@ -308,6 +541,10 @@ def _attention(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> torch.T
     if plain.dim() != 4 or not is_fused_somewhere(attention):
         return plain
     return torch.empty_strided(plain.shape, traced_output_stride(attention), dtype=plain.dtype, device="meta")
+
+
+def _flat(values: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor))
 
 
 def _described(value: torch.Tensor, storage: int = 0) -> Tensor:
@@ -390,8 +627,10 @@ def explained(error: Exception) -> TraceError:
     if "DataDependent" in kind or "data-dependent" in str(error) or "meta tensor" in str(error).lower():
         return TraceError(
             f"The model's control flow depends on tensor values{place}: {reason}",
-            "A tensor's value (.item(), .tolist(), `if tensor:`) is unknown without running the model; "
-            "write that line with tensor operations such as torch.where.",
+            "A value (.item(), .tolist(), `if tensor:`, nonzero) that follows from weights or activations is unknown "
+            "without running the model. Ways out: write that line with tensor operations such as torch.where; "
+            "for a loop over experts, --assume balanced-routing; or inputs that avoid the branch, by --input or "
+            "a function example_inputs() in the file.",
         )
     return TraceError(
         f"torch.export could not trace the model{place}: {kind}: {reason}",

@@ -4,12 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import TARGETS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-goldens", action="store_true", help="Write the golden files anew instead of comparing with them."
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests of one model on one worker (`--dist loadgroup`), which then traces it once."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        name = parameters.get("name")
+        if isinstance(name, str) and name in TARGETS:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ def grouped_mm(call: Call) -> Cost:
         work *= left.shape[0]
     reads, expected = {}, {}
     if ranks == (2, 3):
-        reads["mat2"], expected["mat2"] = _experts_read(call, right, rows=left.shape[0])
+        reads["mat2"], expected["mat2"] = experts_read(call, right, rows=left.shape[0])
     elif ranks == (3, 2):
-        reads["self"], expected["self"] = _experts_read(call, left, rows=right.shape[1])
+        reads["self"], expected["self"] = experts_read(call, left, rows=right.shape[1])
     scaled = out.numel if "scale_a" in call.op.args else 0
     bias = out.numel if call.optional("bias") else 0
     return call.cost(
@@ -35,7 +35,8 @@ def grouped_mm(call: Call) -> Cost:
     )
 
 
-def _experts_read(call: Call, weights: Tensor, rows: int) -> tuple[int, int]:
+def experts_read(call: Call, weights: Tensor, rows: int) -> tuple[int, int]:
+    """Bytes read of a stack of experts' matrices, at least and on average, by rows that each meet one expert."""
     experts = weights.shape[0]
     tokens, chosen = call.graph.tokens, 1
     if tokens > 0 and rows % tokens == 0:

@@ -2,11 +2,13 @@
 
 Packed weights are read at their packed width, with scales and zero points; the product is filed under the
 dtype that the matrix units multiply in: the activations' for weight-only schemes, the packed one for fp8, fp4
-and int8.
+and int8. The ops of `fxroof` are those that quantised transformers models are traced to (see `packed`).
 """
 
 from ..cost import Call, Cost, formula
-from .arithmetic import multiply_adds, vector
+from ..graph import Tensor
+from .arithmetic import item_bytes, multiply_adds, vector
+from .moe import experts_read
 
 
 @formula("aten._int_mm")
@@ -97,3 +99,149 @@ def choose_parameters(call: Call) -> Cost:
     """Least and greatest of all input elements: 2 comparisons each."""
     source = call.inputs[0]
     return call.cost(vector=vector(source.dtype, 2 * source.numel))
+
+
+@formula("fxroof.quantize_activations")
+def quantize_activations(call: Call) -> Cost:
+    """Greatest magnitude of each group, scale, clamp: 2 comparisons and 2 FLOPs an element.
+
+    Where the kernel of the product quantises as it loads, this op is that loading: the input is read, nothing written.
+    """
+    source = call.tensor("x")
+    work = vector(source.dtype, 4 * source.numel)
+    if _quantises_as_it_loads(call):
+        return call.cost(vector=work, writes=0, note="activations are quantised by the kernel that multiplies them")
+    return call.cost(vector=work)
+
+
+@formula("fxroof.linear_scaled")
+def linear_scaled(call: Call) -> Cost:
+    """Products of 8-bit operands; each group of the inner dimension is scaled on its own: 2 FLOPs a group and result.
+
+    bitsandbytes leaves int32 results in memory, and scales them with a kernel of its own.
+    """
+    left, out = call.tensor("x"), call.output
+    inner = left.shape[-1]
+    rows = left.numel // inner if inner else 0
+    groups = max(1, call.tensor("x_scale").numel // rows) if rows else 1
+    bias = out.numel if call.optional("bias") else 0
+    between = 4 * out.numel if call.arg("kernel") == "bitsandbytes" else 0
+    return call.cost(
+        matmul=multiply_adds(left.dtype, out.numel * inner),
+        vector=vector(out.dtype, 2 * groups * out.numel + bias),
+        reads={"x": 0, "x_scale": 0} if _quantises_as_it_loads(call) else None,
+        scratch_read=between,
+        scratch_written=between,
+    )
+
+
+@formula("fxroof.linear_packed")
+def linear_packed(call: Call) -> Cost:
+    """Weights widened to the activations' type in registers: 2 FLOPs a weight in that type, then one product.
+
+    A column order (GPTQ's desc_act) costs a copy of the activations.
+    """
+    left, out = call.tensor("x"), call.output
+    inner = left.shape[-1]
+    bias = out.numel if call.optional("bias") else 0
+    reordered = left.touched_bytes if call.optional("order") else 0
+    return call.cost(
+        matmul=multiply_adds(left.dtype, out.numel * inner),
+        vector=_work({left.dtype: 2 * out.shape[-1] * inner}, vector(out.dtype, bias)),
+        scratch_read=reordered,
+        scratch_written=reordered,
+    )
+
+
+@formula("fxroof.dequantize_weight")
+def dequantize_weight(call: Call) -> Cost:
+    """A whole matrix widened in memory: a table look-up and 1 FLOP an element."""
+    return call.cost(vector=vector(call.output.dtype, call.output.numel))
+
+
+@formula("fxroof.grouped_linear")
+def grouped_linear(call: Call) -> Cost:
+    """Rows sorted by expert times packed matrices: fp8 by fp8, quantising as it loads, or widened in registers."""
+    left, weight, out = call.tensor("x"), call.tensor("weight"), call.output
+    rows, inner = left.shape[0], left.shape[-1]
+    if weight.dtype.startswith("float8"):
+        scales = call.tensor("scales")
+        multiplied, groups = weight.dtype, scales.shape[-1]
+        work = vector(left.dtype, 4 * left.numel + 2 * groups * out.numel)
+    else:
+        experts = weight.shape[0]
+        used = experts_read(call, weight, rows)[0] * experts // max(weight.touched_bytes, 1)
+        multiplied, work = left.dtype, {left.dtype: 2.0 * used * inner * out.shape[-1]}
+    reads, expected = _read_of_experts(call, ("weight", "scales", "zeros"), rows)
+    return call.cost(
+        matmul=multiply_adds(multiplied, out.numel * inner), vector=work, reads=reads, expected_reads=expected
+    )
+
+
+@formula("fxroof.route")
+def route(call: Call) -> Cost:
+    """The greatest logits of each row and their softmax: a comparison a logit, an exponential a choice."""
+    logits, scores = call.tensor("logits"), call.output
+    return call.cost(vector=vector(logits.dtype, logits.numel + 3 * scores.numel), special=scores.numel)
+
+
+@formula("fxroof.experts_gate_up_mxfp4")
+def experts_gate_up_mxfp4(call: Call) -> Cost:
+    """Rows gathered, multiplied, biased and gated in one kernel: of each pair of results SwiGLU makes one.
+
+    Clamped SwiGLU is 9 FLOPs and an exponential; a weight is widened with 1 FLOP.
+    """
+    out = call.output
+    both = 2 * out.numel
+    return _mxfp4(call, rows=out.shape[0], results=both, extra=both + 9 * out.numel, special=out.numel)
+
+
+@formula("fxroof.experts_down_mxfp4")
+def experts_down_mxfp4(call: Call) -> Cost:
+    """Results are biased and weighted, written an expert each, then read back and summed by row."""
+    left, out, experts = call.tensor("x"), call.output, call.tensor("experts")
+    rows = left.shape[0]
+    results = rows * out.shape[-1]
+    between = results * item_bytes(out) if experts.shape[-1] > 1 else 0
+    return _mxfp4(call, rows=rows, results=results, extra=3 * results, between=between)
+
+
+def _mxfp4(call: Call, *, rows: int, results: int, extra: int, special: int = 0, between: int = 0) -> Cost:
+    left = call.tensor("x")
+    reads, expected = _read_of_experts(call, ("weight", "scales", "bias"), rows)
+    return call.cost(
+        matmul=multiply_adds(left.dtype, results * left.shape[-1]),
+        vector=_work({left.dtype: 2.0 * reads["weight"]}, vector(left.dtype, extra)),
+        special=special,
+        reads=reads,
+        expected_reads=expected,
+        scratch_read=between,
+        scratch_written=between,
+        note=f"mxfp4 weights are widened to {left.dtype}",
+    )
+
+
+def _read_of_experts(call: Call, names: tuple[str, ...], rows: int) -> tuple[dict[str, int], dict[str, int]]:
+    stacks: dict[str, Tensor] = {name: tensor for name in names if (tensor := call.optional(name)) is not None}
+    both = {name: experts_read(call, tensor, rows) for name, tensor in stacks.items()}
+    return {name: least for name, (least, _) in both.items()}, {name: average for name, (_, average) in both.items()}
+
+
+def _quantises_as_it_loads(call: Call) -> bool:
+    # transformers' fp8_linear: DeepGEMM takes operands quantised before, and runs on compute capability 9 and, with
+    # e8m0 scales, 10; its Triton kernel quantises on the way in
+    major = call.gpu.compute_capability[0] if call.gpu.compute_capability else 0
+    kernel = call.arg("kernel")
+    if kernel == "deepgemm":
+        return major != 9
+    if kernel == "deepgemm_ue8m0":
+        return major not in (9, 10)
+    return kernel == "triton"
+
+
+def _work(*parts: dict[str, float]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for dtype, flops in part.items():
+            total[dtype] = total.get(dtype, 0.0) + flops
+    return total

@@ -30,7 +30,7 @@ def layers(call: Call) -> Cost:
     matrices = [t for t in call.tensors("params") if len(t.shape) == 2]
     stacked = call.integer("num_layers", 1) - 1
     between = rows * call.output.shape[-1] * stacked * item_bytes(source)
-    return _cost(call, source, rows, matrices, between)
+    return _cost(call, _cell(call), source, rows, matrices, between)
 
 
 @formula("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell")
@@ -38,13 +38,29 @@ def cell(call: Call) -> Cost:
     """One time step of one layer."""
     source = call.tensor("input")
     rows = source.numel // source.shape[-1] if source.numel else 0
-    return _cost(call, source, rows, [call.tensor("w_ih"), call.tensor("w_hh")], 0)
+    return _cost(call, _cell(call), source, rows, [call.tensor("w_ih"), call.tensor("w_hh")], 0)
 
 
-def _cost(call: Call, source: Tensor, rows: int, matrices: Sequence[Tensor], between: int) -> Cost:
-    gates, flops, special = _CELLS[call.op.target.split(".")[1].removesuffix("_cell")]
+@formula("aten.mkldnn_rnn_layer")
+def cpu_layer(call: Call) -> Cost:
+    """One layer in one direction, as the CPU runs an LSTM in inference."""
+    source = call.tensor("input")
+    rows = source.numel // source.shape[-1] if source.numel else 0
+    matrices = [call.tensor("weight0"), call.tensor("weight1")]
+    return _cost(call, _MODES[call.integer("mode", 0)], source, rows, matrices, 0)
+
+
+_MODES = ("rnn_relu", "rnn_tanh", "lstm", "gru")
+
+
+def _cell(call: Call) -> str:
+    return call.op.target.split(".")[1].removesuffix("_cell")
+
+
+def _cost(call: Call, cell: str, source: Tensor, rows: int, matrices: Sequence[Tensor], between: int) -> Cost:
+    gates, flops, special = _CELLS[cell]
     biased = call.flag("has_biases") or call.optional("b_ih") is not None
-    hidden = call.tensors("hx")[-1].shape[-1]
+    hidden = (call.tensors("hx") or call.tensors("hx_"))[-1].shape[-1]
     # two matrices a layer and direction have a row per gate and hidden unit; an LSTM's projection has not
     gated = sum(m.shape[0] == gates * hidden for m in matrices)
     units = rows * hidden * gated / 2

@@ -6,6 +6,7 @@ from string import ascii_letters
 from rich.text import Text
 
 from ..analysis import Coverage, PhaseAnalysis, UnpricedOp
+from ..memory import Memory
 from ..report import ModelInfo, Report, Run
 from ..roofline import Bound
 from ..scenario import Scenario
@@ -36,10 +37,12 @@ _FACTS_WIDTH = 84
 def render(report: Report, options: Options) -> str:
     """Header, comparison of the GPUs if there are several, then each run in detail."""
     lines = [*_header(report, options.width), Text()]
+    if report.failures:
+        lines += [*_failures(report, options.width), Text()]
     if len(report.runs) > 1:
         lines += [*_comparison(report, options.width), Text()]
     for run in report.runs:
-        lines += _run(report, run, options)
+        lines += _run(run, options)
     lines += _caveats(report, options.width)
     return printed(lines, options)
 
@@ -65,11 +68,20 @@ def _size(model: ModelInfo) -> Iterator[str]:
 def _scenario(scenario: Scenario, report: Report) -> Iterator[str]:
     yield f"batch {scenario.batch_size:,}"
     if {"prefill", "decode"} & {phase.name for run in report.runs for phase in run.phases}:
-        yield f"{scenario.input_len:,} prompt tokens"
+        if scenario.source_len:
+            yield f"{scenario.source_len:,} encoder positions"
+        yield f"{scenario.input_len:,} prompt token{'s' if scenario.input_len != 1 else ''}"
         yield f"{scenario.output_len:,} generated"
         if any(phase.name == "decode" for run in report.runs for phase in run.phases):
             yield f"decode priced at context {scenario.context_len:,}"
         yield f"KV cache: {clean(report.model.cache_kind)}"
+
+
+def _failures(report: Report, width: int) -> Iterator[Text]:
+    yield title("not analysed", width, heavy=True)
+    for failure in report.failures:
+        yield from fact(clean(failure.phase), [Text(clean(failure.message), style="red")], width)
+        yield from fact("", [clean(failure.hint)] if failure.hint else [], width)
 
 
 def _comparison(report: Report, width: int) -> Iterator[Text]:
@@ -104,15 +116,15 @@ def _comparison(report: Report, width: int) -> Iterator[Text]:
         Column(header="class", cells=[_class(p.bound) for p, _ in rows]),
         Column(header="MFU", cells=[units.percent(p.mfu) for p, _ in rows], right=True, drop=6),
         Column(header="MBU", cells=[units.percent(p.mbu) for p, _ in rows], right=True, drop=5),
-        Column(header="weights fit?", cells=[_fit(report.model, run) for _, run in rows], drop=3),
+        Column(header="fits?", cells=[_fit(run.memory) for _, run in rows], drop=3),
     ]
     yield from table(columns, width)
 
 
-def _run(report: Report, run: Run, options: Options) -> Iterator[Text]:
+def _run(run: Run, options: Options) -> Iterator[Text]:
     yield title(f"{clean(run.gpu.key)}  {clean(run.gpu.name)}", options.width, heavy=True)
     yield from fact("peaks", _peaks(run), options.width)
-    yield from fact("memory", [_memory(report.model, run)], options.width)
+    yield from _memory(run, options.width)
     yield from fact("note", [clean(run.gpu.note)] if run.gpu.note else [], options.width)
     yield Text()
     for phase in run.phases:
@@ -130,23 +142,47 @@ def _peaks(run: Run) -> Iterator[Cell]:
         yield f"catalogue figures of {clean(run.gpu.confidence)} confidence"
 
 
-def _memory(model: ModelInfo, run: Run) -> Cell:
-    weights = units.byte_count(model.parameter_bytes)
-    if run.gpu.memory_bytes is None:
-        return f"capacity unknown; the weights take {weights}"
-    usable = units.byte_count(run.gpu.memory_bytes)
-    if model.parameter_bytes > run.gpu.memory_bytes:
-        return Text(f"weights do not fit: {weights}, {usable} usable; times as if they did", style="red")
-    return f"weights fit: {weights} of {usable} (cache and activations not counted)"
+def _memory(run: Run, width: int) -> Iterator[Text]:
+    memory = run.memory
+    if memory is None:
+        return
+    yield from fact("memory", _verdict(memory), width)
+    parts = {
+        "weights": memory.weights_bytes,
+        f"KV cache at {memory.context_len:,} tokens": memory.kv_cache_bytes,
+        f"activations of {clean(memory.activations_phase)}": memory.activations_bytes,
+        "CUDA": memory.overhead_bytes,
+    }
+    yield from fact("", [" + ".join(f"{name} {units.byte_count(n)}" for name, n in parts.items() if n)], width)
+    yield from fact("", _limits(memory, run.scenario), width)
 
 
-def _fit(model: ModelInfo, run: Run) -> Cell:
-    if run.gpu.memory_bytes is None:
+def _verdict(memory: Memory) -> Iterator[Cell]:
+    needed = units.byte_count(memory.total_bytes)
+    if memory.usable_bytes is None or memory.headroom_bytes is None:
+        yield f"capacity unknown; {needed} are needed"
+    elif memory.fits:
+        yield f"fits: {needed} of {units.byte_count(memory.usable_bytes)}"
+        yield f"{units.byte_count(memory.headroom_bytes)} left"
+    else:
+        missing = f"{units.byte_count(memory.usable_bytes)} usable"
+        yield Text(f"does not fit: {needed}, {missing}; times as if it did", style="red")
+
+
+def _limits(memory: Memory, scenario: Scenario) -> Iterator[str]:
+    if memory.max_batch_size:
+        yield f"largest batch {memory.max_batch_size:,} at these lengths"
+    if memory.max_context_len:
+        yield f"longest context {memory.max_context_len:,} at batch {scenario.batch_size:,}"
+    if memory.min_gpus is not None and memory.min_gpus > 1:
+        yield f"fewest of these GPUs {memory.min_gpus:,}"
+
+
+def _fit(memory: Memory | None) -> Cell:
+    if memory is None or memory.usable_bytes is None:
         return "unknown"
-    share = units.percent(model.parameter_bytes / run.gpu.memory_bytes)
-    if model.parameter_bytes > run.gpu.memory_bytes:
-        return Text(f"no, {share}", style="red")
-    return f"yes, {share}"
+    share = units.percent(memory.total_bytes / memory.usable_bytes)
+    return f"yes, {share}" if memory.fits else Text(f"no, {share}", style="red")
 
 
 def _phase(phase: PhaseAnalysis, run: Run, options: Options) -> Iterator[Text]:
@@ -164,7 +200,9 @@ def _phase(phase: PhaseAnalysis, run: Run, options: Options) -> Iterator[Text]:
 
 def _facts(phase: PhaseAnalysis, run: Run, width: int) -> Iterator[Text]:
     bound = Text(units.seconds(phase.seconds.bound), style="bold")
-    yield from fact("bound", [bound, *_speed(phase, run), "no run of these kernels from device memory is faster"], width)
+    yield from fact(
+        "bound", [bound, *_speed(phase, run), "no run of these kernels from device memory is faster"], width
+    )
     yield from fact("floor", _floor(phase), width)
     yield from fact("", _floor_parts(phase), width)
     yield from fact("class", _shares(phase), width)
@@ -184,7 +222,8 @@ def _speed(phase: PhaseAnalysis, run: Run) -> Iterator[str]:
         if run.scenario.batch_size > 1:
             yield f"{units.per_second(1 / phase.seconds.bound)} tokens/s per user"
     elif phase.tokens:
-        yield f"{_throughput(phase, run)} prompt tokens/s"
+        noun = "positions" if phase.name == "encoder" else "prompt tokens"
+        yield f"{_throughput(phase, run)} {noun}/s"
     elif phase.seconds.bound:
         yield f"{units.per_second(1 / phase.seconds.bound)} passes/s"
 

@@ -38,7 +38,7 @@ def test_options_in_the_readme_exist() -> None:
 
     known = CliRunner().invoke(main, ["analyze", "--help"]).output
     for option in set(re.findall(r"--[a-z][a-z-]+", README.read_text(encoding="utf-8"))):
-        assert option in known or option == "--debug", option
+        assert option in known or option in ("--debug", "--dist"), option
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

@@ -7,6 +7,7 @@ import torch
 from fxroof.analyzer.cost import Cost, bytes_by_role
 from fxroof.analyzer.graph import Arg, Graph, Op, Role, Storage, Tensor, TensorRef
 from fxroof.analyzer.pricing import price
+from fxroof.hardware.gpu import Gpu
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -58,9 +59,9 @@ def graph_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> Graph:
     return Graph(phase="forward", tokens=tokens, storages=tuple(seen.sizes), tensors=tuple(seen.tensors), ops=(op,))
 
 
-def cost_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> Cost:
-    """The cost of calling an ATen overload; no formula here asks for the GPU."""
-    (cost,) = price(graph_of(target, *args, tokens=tokens, **kwargs), None)  # type: ignore[arg-type]
+def cost_of(target: Any, *args: Any, tokens: int = 0, gpu: Gpu | None = None, **kwargs: Any) -> Cost:
+    """The cost of calling an ATen overload; few formulas ask for the GPU."""
+    (cost,) = price(graph_of(target, *args, tokens=tokens, **kwargs), gpu)  # type: ignore[arg-type]
     return cost
 
 

@@ -8,17 +8,16 @@ from collections import Counter
 import pytest
 import torch
 from fxroof.analyzer.cost import Call, Cost, Status, find_formula
-from fxroof.analyzer.formulas.attention import (
+from fxroof.analyzer.formulas.attention_kernels import executed_pairs, fused_steps, math_steps
+from fxroof.analyzer.graph import Graph, Op, Role, Storage, Tensor, TensorRef
+from fxroof.analyzer.pricing import load_formulas
+from fxroof.analyzer.sdpa import (
     Attention,
     choose_backend,
-    executed_pairs,
-    fused_steps,
     is_fused_somewhere,
-    math_steps,
     output_stride,
     traced_output_stride,
 )
-from fxroof.analyzer.graph import Graph, Op, Role, Storage, Tensor, TensorRef
 from fxroof.hardware.catalog import load
 from fxroof.hardware.gpu import Gpu
 from hypothesis import HealthCheck, assume, given, settings
@@ -27,6 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+load_formulas()
 
 aten = torch.ops.aten
 sdpa = aten.scaled_dot_product_attention.default

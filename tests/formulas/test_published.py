@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from formulas.one_op import cost_of, traffic_of
+from fxroof.hardware.catalog import load
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "op_cases.json").read_text())
 _DTYPES = {"bfloat16": torch.bfloat16}
@@ -14,7 +15,7 @@ _DTYPES = {"bfloat16": torch.bfloat16}
 
 @pytest.mark.parametrize("case", CASES["flops"], ids=lambda c: c["id"])
 def test_matmul_flops(case: dict[str, Any]) -> None:
-    assert cost_of(_target(case), *_args(case)).matmul_flops == case["flops"]
+    assert cost_of(_target(case), *_args(case), gpu=load("h100").gpu).matmul_flops == case["flops"]
 
 
 @pytest.mark.parametrize("case", CASES["bytes"], ids=lambda c: c["id"])
@@ -56,7 +57,7 @@ def _args(case: dict[str, Any]) -> list[Any]:
             return [build(v) for v in value]
         if not isinstance(value, dict):
             return _DTYPES.get(value, value) if isinstance(value, str) else value
-        made = torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]), device="meta")
+        made = torch.empty(value["shape"], dtype=getattr(torch, value["dtype"]), device=case.get("device", "meta"))
         if "name" in value:
             made = named.setdefault(value["name"], made)
         return made.mT if value.get("transposed") else made

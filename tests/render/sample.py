@@ -13,7 +13,8 @@ from fxroof.analyzer.analysis import (
 )
 from fxroof.analyzer.cost import Status
 from fxroof.analyzer.floor import Floor
-from fxroof.analyzer.report import GpuInfo, ModelInfo, Report, Run
+from fxroof.analyzer.memory import Memory
+from fxroof.analyzer.report import GpuInfo, ModelInfo, PhaseFailure, Report, Run
 from fxroof.analyzer.roofline import Bound, Lanes
 from fxroof.analyzer.scenario import Scenario
 
@@ -240,6 +241,27 @@ def run(info: GpuInfo, *, scale: float = 1.0) -> Run:
         coverage=Coverage(fraction=0.97, priced=60, free=8, unpriced=(unpriced,)),
         phases=phases,
         assumptions=("times are bounds from vendor peaks (dense)", f"known of {info.key} only"),
+        memory=memory(info.memory_bytes),
+    )
+
+
+def memory(usable: int | None) -> Memory:
+    total = 231_735_296 + 83_886_080 + 41_000_000 + 600_000_000
+    fits = None if usable is None else total <= usable
+    return Memory(
+        weights_bytes=231_735_296,
+        kv_cache_bytes=83_886_080,
+        activations_bytes=41_000_000,
+        overhead_bytes=600_000_000,
+        total_bytes=total,
+        usable_bytes=usable,
+        fits=fits,
+        headroom_bytes=None if usable is None else usable - total,
+        max_batch_size=None if usable is None else 1500 if fits else 0,
+        max_context_len=None if usable is None else 400_000 if fits else 0,
+        min_gpus=1 if fits else None,
+        context_len=PROMPT + 256,
+        activations_phase="prefill",
     )
 
 
@@ -266,6 +288,19 @@ def report(*, several: bool = False) -> Report:
     )
 
 
+def partial() -> Report:
+    """The report of a model that could not be analysed in decode."""
+    whole = report()
+    failure = PhaseFailure(
+        phase="decode",
+        message="The model's control flow depends on tensor values at models/small_gpt.py:33: "
+        "Could not guard on data-dependent expression u0 > 0",
+        hint="Write that line with tensor operations such as torch.where.",
+    )
+    runs = tuple(replace(r, phases=r.phases[:1]) for r in whole.runs)
+    return replace(whole, runs=runs, failures=(failure,))
+
+
 def renamed(original: Report, text: str) -> Report:
     """The report with a text of the user's put everywhere that the user's text appears."""
 
@@ -277,4 +312,5 @@ def renamed(original: Report, text: str) -> Report:
         for r in original.runs
     )
     model = replace(original.model, name=text, source=text, cache_kind=text, notes=(text,))
-    return replace(original, model=model, runs=runs)
+    failures = tuple(replace(f, phase=text, message=text, hint=text) for f in original.failures)
+    return replace(original, model=model, runs=runs, failures=failures)

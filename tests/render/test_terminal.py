@@ -8,7 +8,7 @@ from fxroof.analyzer.render._hotspots import hotspots
 from fxroof.analyzer.render.registry import Options, render
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from render.sample import renamed, report
+from render.sample import memory, partial, renamed, report
 from rich.cells import cell_len
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -30,6 +30,18 @@ def test_several_gpus(golden):
 
 def test_by_module(golden):
     golden("by_module_100.txt", shown(report(), width=100, by="module"))
+
+
+def test_a_phase_that_failed(golden):
+    golden("partial_100.txt", shown(partial(), width=100))
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(60, 220), text=st.text(min_size=1, max_size=300))
+def test_a_failure_keeps_to_the_width(width, text):
+    lines = shown(renamed(partial(), text), width=width).split("\n")
+    assert max(map(cell_len, lines)) <= width
+    assert all(line.isprintable() for line in lines)
 
 
 def test_ascii(golden):
@@ -131,7 +143,7 @@ def test_a_phase_without_work_or_ridge_still_renders():
         bound_share={},
         tokens_per_second=0.0,
     )
-    run = replace(original.runs[0], phases=(empty,), gpu=replace(original.runs[0].gpu, memory_bytes=None))
+    run = replace(original.runs[0], phases=(empty,), memory=memory(None))
     page = shown(replace(original, runs=(run,)), width=80)
     assert "no matmul peak is published" in page
     assert "capacity unknown" in page
