@@ -10,6 +10,7 @@ import copy
 import functools
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -77,6 +78,8 @@ class _Redirect(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _QUERIES or (type(func) is _GETTER and func != _DEVICE):
+            return func(*args, **(kwargs or {}))  # most calls of a trace only ask for shapes and the like
         kwargs = dict(kwargs or {})
         if torch.compiler.is_dynamo_compiling():
             return func(*args, **kwargs)  # the inside of torch.cond and the like, which dynamo captures
@@ -141,6 +144,15 @@ def _fake_device(self: FakeTensor) -> torch.device:
 
 _real_fake_device: Callable[[FakeTensor], torch.device] = vars(FakeTensor)["device"].fget
 
+_GETTER = types.MethodWrapperType
+_QUERIES = frozenset(
+    {
+        torch.Tensor.stride, torch.Tensor.storage_offset, torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel,
+        torch.Tensor.untyped_storage, torch.Tensor.is_inference, torch.Tensor.is_conj, torch.Tensor.is_neg,
+        torch.Tensor._is_view, torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_contiguous,
+        torch.sym_max, torch.sym_min,
+    }
+)  # fmt: skip
 _MOVES = frozenset({torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.pin_memory, torch.Tensor.xpu})
 _LEGACY_TYPES = {
     "HalfTensor": "float16", "BFloat16Tensor": "bfloat16", "FloatTensor": "float32", "DoubleTensor": "float64",
