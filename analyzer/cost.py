@@ -39,6 +39,39 @@ class Access:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Gemm:
+    """Matrix products as a kernel tiles them: `batch` times (m, k) x (k, n).
+
+    Attributes:
+        batch: products that are independent of each other.
+        m: rows of the result.
+        n: columns of the result.
+        k: inner size.
+    """
+
+    batch: int
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """What GPUs that share a model tell each other in one op.
+
+    Attributes:
+        kind: `all_reduce`, `all_gather`, `reduce_scatter` or `all_to_all`.
+        nbytes: bytes of the tensor that one GPU holds before it (all_reduce, reduce_scatter, all_to_all) or after it
+            (all_gather).
+        gpus: how many take part.
+    """
+
+    kind: str
+    nbytes: int
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Work and traffic of one op.
 
@@ -54,6 +87,8 @@ class Cost:
         tf32: true where PyTorch lets float32 operands round to TF32 by default (cuDNN convolutions).
         backend: the implementation the GPU would pick, where there is a choice.
         note: what was assumed for this op.
+        gemms: the shapes of its matrix products, for tiles and waves; empty where none or not known.
+        exchange: what it tells other GPUs, if anything.
     """
 
     status: Status = Status.PRICED
@@ -67,6 +102,8 @@ class Cost:
     tf32: bool = False
     backend: str = ""
     note: str = ""
+    gemms: tuple[Gemm, ...] = ()
+    exchange: Exchange | None = None
 
     @property
     def matmul_flops(self) -> float:
@@ -160,6 +197,8 @@ class Call:
         tf32: bool = False,
         backend: str = "",
         note: str = "",
+        gemms: tuple[Gemm, ...] = (),
+        exchange: Exchange | None = None,
     ) -> Cost:
         """The cost with the usual traffic: every tensor argument read once, every result written once.
 
@@ -176,6 +215,8 @@ class Call:
             tf32: see `Cost`.
             backend: see `Cost`.
             note: see `Cost`.
+            gemms: see `Cost`.
+            exchange: see `Cost`.
         """
         return Cost(
             matmul=matmul or {},
@@ -188,6 +229,8 @@ class Call:
             tf32=tf32,
             backend=backend,
             note=note,
+            gemms=gemms,
+            exchange=exchange,
         )
 
 
