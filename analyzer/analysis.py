@@ -1,18 +1,22 @@
 """Everything known about one phase on one GPU, without opinions. These dataclasses are also the JSON report's shape."""
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import fsum
+from typing import Any
 
 from ..hardware.gpu import Gpu
 from .cost import Cost, Status, bytes_by_role
+from .estimate import derating
+from .execution import Execution, execute
 from .floor import Floor, floor
+from .fusion import compiled_kernels
 from .graph import Graph, Op, Role
-from .kernels import eager_kernels
+from .kernels import Kernel, eager_kernels
 from .pricing import price
-from .roofline import Bound, Lanes, Placement, place
+from .roofline import Bound, Lanes, Placement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +25,30 @@ class Times:
 
     Attributes:
         floor: no implementation of the phase is faster.
-        bound: no run of these kernels from device memory is faster.
+        bound: no run of these kernels is faster.
+        estimate: what a run is likely to take.
     """
 
     floor: float
     bound: float
+    estimate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executions:
+    """The ways of running a phase.
+
+    Attributes:
+        eager: the kernels that PyTorch launches op by op, from Python.
+        compiled: the kernels that a fusing compiler makes of them, launched by a CUDA graph.
+    """
+
+    eager: Execution
+    compiled: Execution
+
+    def of(self, name: str) -> Execution:
+        """The execution called `eager` or `compiled`."""
+        return self.compiled if name == "compiled" else self.eager
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +85,7 @@ class ByteTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpAnalysis:
-    """One op of the graph on the roofline; in a loop, all its turns together.
+    """One op of the graph on the roofline, run eagerly; in a loop, all its turns together.
 
     Attributes:
         name: the fx node's name.
@@ -78,11 +101,11 @@ class OpAnalysis:
         flops: matmul (dense) and vector FLOPs.
         flops_executed: the same with causal attention as executed; `intensity` and `seconds` use these.
         special: transcendental results.
-        bytes_read: bytes from device memory.
-        bytes_written: bytes to device memory.
+        bytes_read: bytes read, those that a cache serves included.
+        bytes_written: bytes written, those that stay in a cache included.
         intensity: executed FLOPs per byte.
         ridge: intensity where arithmetic takes over from memory; None where the part publishes no rate.
-        bound: `memory`, `compute`, `special`, `latency` or `free`.
+        bound: `memory`, `compute`, `special`, `link` or `free`.
         seconds: the bound of this op.
         lanes: seconds by unit.
         backend: implementation chosen where PyTorch has several.
@@ -122,9 +145,11 @@ class PhaseAnalysis:
     Attributes:
         name: prefill, decode or forward.
         tokens: rows through the model; 0 for non-token models.
-        seconds: floor and bound.
+        seconds: floor, and bound and estimate of the execution asked for.
+        execution: which that is, `eager` or `compiled`.
+        turns: times the phase runs for one prompt, the chunks that it is cut into; all other figures are of one turn.
         flops: work.
-        bytes: traffic.
+        bytes: bytes that the ops read and write, run eagerly; what crosses the bus is in `executions`.
         floor: what the floor is made of.
         intensity: executed FLOPs per byte over the phase.
         ridge: that of the dtype with most matmul work.
@@ -133,13 +158,18 @@ class PhaseAnalysis:
         bound_share: share of the bound's time by class.
         mfu: share of the matmul peak reached when running at the bound.
         mbu: share of the memory bandwidth used when running at the bound.
+        mfu_estimate: the same in the estimate.
+        mbu_estimate: the same in the estimate.
         tokens_per_second: new tokens per second at the bound; 0 for non-token models. In prefill prompt tokens.
         ops: every op of every layer, in order.
+        executions: the kernels of each way of running it.
     """
 
     name: str
     tokens: int
     seconds: Times
+    execution: str
+    turns: int
     flops: FlopTotals
     bytes: ByteTotals
     floor: Floor
@@ -149,8 +179,11 @@ class PhaseAnalysis:
     bound_share: dict[str, float]
     mfu: float
     mbu: float
+    mfu_estimate: float
+    mbu_estimate: float
     tokens_per_second: float
     ops: tuple[OpAnalysis, ...]
+    executions: Executions
     matmul_path: str = ""
 
 
@@ -181,25 +214,75 @@ class Coverage:
     unpriced: tuple[UnpricedOp, ...]
 
 
-def analyze_phase(graph: Graph, gpu: Gpu) -> tuple[PhaseAnalysis, tuple[Cost, ...]]:
-    """Price a graph on a GPU and place every op on its roofline."""
+def analyze_phase(graph: Graph, gpu: Gpu, execution: str = "eager") -> tuple[PhaseAnalysis, tuple[Cost, ...]]:
+    """Price a graph on a GPU, run its kernels there, and place every op on the roofline.
+
+    Args:
+        graph: the phase.
+        gpu: the part.
+        execution: the one whose bound and estimate are the phase's: `eager` or `compiled`.
+    """
     costs = price(graph, gpu)
-    by_role: dict[Role, tuple[int, int]] = dict.fromkeys(Role, (0, 0))
-    placements: dict[int, tuple[Placement, int, int]] = {}
-    alike: dict[tuple[object, ...], Placement] = {}
-    for kernel in eager_kernels(graph, costs):
-        roles = bytes_by_role(graph, kernel.cost)
+    reached = derating(gpu)
+    launched = eager_kernels(graph, costs)
+    fused = compiled_kernels(graph, costs)
+    eager = execute(graph, launched, gpu, reached, eager=True)
+    compiled = execute(graph, fused, gpu, reached, eager=False)
+    placements = _by_op(launched, eager.placements)
+    ops, by_role = _ops(graph, costs, placements)
+    executions = Executions(eager=eager.execution, compiled=compiled.execution)
+    chosen = (fused, compiled.placements) if execution == "compiled" else (launched, eager.placements)
+    return _phase(graph, gpu, costs, ops, by_role, executions, execution, *chosen), costs
+
+
+def _by_op(kernels: Sequence[Kernel], placements: Sequence[Placement]) -> dict[int, Placement]:
+    """Where each op stands: its kernels one after the other."""
+    by_op: dict[int, Placement] = {}
+    several: defaultdict[int, list[Placement]] = defaultdict(list)
+    for kernel, placement in zip(kernels, placements, strict=True):
+        if kernel.ops[0] in by_op:
+            several[kernel.ops[0]].append(placement)
+        else:
+            by_op[kernel.ops[0]] = placement
+    for index, others in several.items():
+        by_op[index] = _in_turn((by_op[index], *others))
+    return by_op
+
+
+def _in_turn(placements: Sequence[Placement]) -> Placement:
+    longest = max(placements, key=lambda placement: placement.seconds)
+    lanes = functools.reduce(lambda a, b: a + b, (placement.lanes for placement in placements))
+    return Placement(
+        lanes=lanes,
+        seconds=fsum(placement.seconds for placement in placements),
+        bound=longest.bound,
+        intensity=longest.intensity,
+        ridge=next((placement.ridge for placement in placements if placement.ridge), None),
+        unrated=tuple(dict.fromkeys(name for placement in placements for name in placement.unrated)),
+        widened={asked: used for placement in placements for asked, used in placement.widened.items()},
+    )
+
+
+def _ops(
+    graph: Graph, costs: Sequence[Cost], placements: dict[int, Placement]
+) -> tuple[tuple[OpAnalysis, ...], dict[Role, tuple[int, int]]]:
+    """Every op's analysis, and bytes (read, written) by role over all of them."""
+    totals: dict[Role, list[int]] = {role: [0, 0] for role in Role}
+    known: dict[tuple[object, ...], tuple[dict[Role, tuple[int, int]], dict[str, Any]]] = {}
+    ops: list[OpAnalysis] = []
+    for index, (op, kind, cost) in enumerate(zip(graph.ops, graph.kinds, costs, strict=True)):
+        placement = placements.get(index, _NOWHERE)
+        # ops of one kind differ where work was moved into a kernel or a branch was dropped, which the status shows
+        key = (kind, id(placement), cost.status, cost.note)
+        if key not in known:
+            roles = bytes_by_role(graph, cost)
+            known[key] = roles, _measures(graph, op, cost, placement, roles)
+        roles, measures = known[key]
         for role, (read, written) in roles.items():
-            before = by_role[role]
-            by_role[role] = (before[0] + kernel.repeat * read, before[1] + kernel.repeat * written)
-        read, written = (sum(pair[i] for pair in roles.values()) for i in (0, 1))
-        cost = kernel.cost
-        work = (*cost.matmul.items(), cost.tf32, *cost.vector.items(), cost.special, read, written)
-        if work not in alike:  # layers are
-            alike[work] = place(cost, read, written, gpu)
-        placements[kernel.ops[0]] = (alike[work], read, written)
-    ops = tuple(_op(graph, op, costs[i], placements.get(i)) for i, op in enumerate(graph.ops))
-    return _phase(graph, gpu, costs, ops, by_role), costs
+            totals[role][0] += op.repeat * read
+            totals[role][1] += op.repeat * written
+        ops.append(_op(op, measures))
+    return tuple(ops), {role: (read, written) for role, (read, written) in totals.items()}
 
 
 def coverage(phases: Iterable[PhaseAnalysis]) -> Coverage:
@@ -233,27 +316,36 @@ def _phase(
     costs: Sequence[Cost],
     ops: tuple[OpAnalysis, ...],
     by_role: dict[Role, tuple[int, int]],
+    executions: Executions,
+    execution: str,
+    kernels: Sequence[Kernel],
+    placements: Sequence[Placement],
 ) -> PhaseAnalysis:
-    bound = fsum(op.seconds for op in ops)
+    bound, estimate = executions.of(execution).bound, executions.of(execution).estimate
     least = floor(graph, costs, gpu)
     read, written = (sum(pair[i] for pair in by_role.values()) for i in (0, 1))
     total = read + written
     work = [(op.repeat, cost) for op, cost in zip(graph.ops, costs, strict=True) if cost.status is not Status.FREE]
     executed = fsum(n * c.executed_matmul_flops for n, c in work)
     vector = fsum(n * c.vector_flops for n, c in work)
-    shares: Counter[str] = Counter()
-    for op in ops:
-        shares[op.bound.value] += op.seconds  # type: ignore[assignment]  # Counter counts seconds here
-    matmuls: Counter[tuple[str, bool]] = Counter()
+    shares: defaultdict[str, float] = defaultdict(float)
+    in_memory: list[float] = []
+    for kernel, placement in zip(kernels, placements, strict=True):
+        shares[placement.bound.value] += kernel.repeat * placement.seconds
+        in_memory.append(kernel.repeat * placement.lanes.memory)
+    matmuls: defaultdict[tuple[str, bool], float] = defaultdict(float)
     for repeat, cost in work:
         for dtype, flops in cost.matmul.items():
-            matmuls[dtype, cost.tf32] += repeat * flops  # type: ignore[assignment]  # Counter counts FLOPs here
+            matmuls[dtype, cost.tf32] += repeat * flops
     main = max(matmuls, key=lambda key: matmuls[key], default=None)
     rate = gpu.matmul_rate(main[0], tf32=main[1]) if main else None
+    on_bus = executions.of(execution).bytes_hbm / gpu.memory_bandwidth
     return PhaseAnalysis(
         name=graph.phase,
         tokens=graph.tokens,
-        seconds=Times(floor=least.seconds, bound=bound),
+        seconds=Times(floor=least.seconds, bound=bound, estimate=estimate),
+        execution=execution,
+        turns=graph.turns,
         flops=FlopTotals(
             matmul=fsum(n * c.matmul_flops for n, c in work),
             matmul_executed=executed,
@@ -273,42 +365,53 @@ def _phase(
         bound=Bound(max(shares, key=lambda key: shares[key], default="free")) if bound else Bound.FREE,
         bound_share={key: value / bound for key, value in sorted(shares.items()) if value} if bound else {},
         mfu=least.compute_seconds / bound if bound else 0.0,
-        mbu=fsum(op.lanes.memory for op in ops) / bound if bound else 0.0,
+        mbu=fsum(in_memory) / bound if bound else 0.0,
+        mfu_estimate=least.compute_seconds / estimate if estimate else 0.0,
+        mbu_estimate=on_bus / estimate if estimate else 0.0,
         tokens_per_second=graph.new_tokens / bound if bound else 0.0,
         ops=ops,
+        executions=executions,
     )
 
 
-def _op(graph: Graph, op: Op, cost: Cost, placed: tuple[Placement, int, int] | None) -> OpAnalysis:
-    placement, read, written = placed or (_NOWHERE, 0, 0)
-    anchor, inner = op.anchor, op.span
+def _measures(
+    graph: Graph, op: Op, cost: Cost, placement: Placement, roles: dict[Role, tuple[int, int]]
+) -> dict[str, Any]:
+    """What ops of one kind have in common."""
     times = op.repeat
-    outside = inner is not None and inner != anchor
     dtype = next(iter(cost.matmul), None) or (graph.tensors[op.outputs[0]].dtype if op.outputs else "")
+    return {
+        "target": op.target,
+        "status": cost.status,
+        "shape": _shape(graph, op),
+        "dtype": dtype,
+        "flops": float(times * (cost.matmul_flops + cost.vector_flops)),
+        "flops_executed": float(times * (cost.executed_matmul_flops + cost.vector_flops)),
+        "special": float(times * cost.special),
+        "bytes_read": times * sum(read for read, _ in roles.values()),
+        "bytes_written": times * sum(written for _, written in roles.values()),
+        "intensity": placement.intensity,
+        "ridge": placement.ridge,
+        "bound": placement.bound,
+        "seconds": times * placement.seconds,
+        "lanes": placement.lanes.times(op.repeat),
+        "backend": cost.backend,
+        "note": "; ".join(filter(None, (cost.note, _unrated(placement), _widened(placement)))),
+        "repeat": times,
+    }
+
+
+def _op(op: Op, measures: dict[str, Any]) -> OpAnalysis:
+    anchor, inner = op.anchor, op.span
+    outside = inner is not None and inner != anchor
     return OpAnalysis(
         name=op.name,
-        target=op.target,
         module=op.module,
         file=anchor.file if anchor else "",
         line=anchor.line if anchor else 0,
         library_file=inner.file if outside and inner else "",
         library_line=inner.line if outside and inner else 0,
-        status=cost.status,
-        shape=_shape(graph, op),
-        dtype=dtype,
-        flops=float(times * (cost.matmul_flops + cost.vector_flops)),
-        flops_executed=float(times * (cost.executed_matmul_flops + cost.vector_flops)),
-        special=float(times * cost.special),
-        bytes_read=times * read,
-        bytes_written=times * written,
-        intensity=placement.intensity,
-        ridge=placement.ridge,
-        bound=placement.bound,
-        seconds=times * placement.seconds,
-        lanes=placement.lanes.times(op.repeat),
-        backend=cost.backend,
-        note="; ".join(filter(None, (cost.note, _unrated(placement), _widened(placement)))),
-        repeat=times,
+        **measures,
     )
 
 

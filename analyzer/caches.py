@@ -32,13 +32,19 @@ _PATIENCE = 2
 """Times the ops of a short context that a long one may take; a loop over tokens takes more, and is not waited for."""
 
 
-def cache_growth(model: Model, workload: Workload) -> CacheGrowth | None:
+def cache_growth(model: Model, workload: Workload, *, shards: int = 1) -> CacheGrowth | None:
     """How the cache of a planned workload grows; None where it cannot be told.
 
     Args:
-        model: the model that was planned for.
+        model: the model that was planned for, or one GPU's share of it.
         workload: its programs.
+        shards: GPUs over which the cache is cut.
     """
+    growth = _growth(model, workload)
+    return None if growth is None else dataclasses.replace(growth, shards=shards)
+
+
+def _growth(model: Model, workload: Workload) -> CacheGrowth | None:
     calls = [program.module for program in workload.programs if isinstance(program.module, Call)]
     call = next((call for call in calls if call.cache_argument), None)
     try:

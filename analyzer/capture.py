@@ -6,10 +6,11 @@ for modules that live there.
 
 import contextlib
 import dataclasses
-import gc
+import functools
 import os
+import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .caches import cache_growth
-from .errors import TargetError, TraceError, WorkloadError
+from .errors import FxroofError, TargetError, TraceError, WorkloadError
+from .garbage import without_collection
 from .graph import Graph
 from .handover import BUILDING, Failure, Frame, Opened, PhaseFailed, PhaseTraced, Progress, as_failure
 from .load import Model, from_module, from_program, load
+from .meta import tracing
 from .places import raised_at
 from .report import ModelInfo
 from .request import Request
 from .scenario import Scenario
+from .sharding import Sharding, sharded
 from .trace import trace
 from .values import assuming
 from .workload import Program, Workload, plan
@@ -94,10 +98,11 @@ def from_model(
     debug: bool = False,
 ) -> Iterator[Frame]:
     """Frames of a loaded model. Errors as above."""
-    with _without_collection(), assuming(frozenset(assume)):
-        workload, failures = _planned(model, scenario, phase, inputs)
+    figures = _figures(model)
+    with without_collection(), assuming(frozenset(assume)), contextlib.ExitStack() as shared:
+        sharding, workload, failures = _planned_for_all(model, scenario, phase, inputs, shared)
         yield Opened(
-            model=_info(model, workload, assume),
+            model=_info(model, figures, sharding, workload, assume),
             scenario=workload.scenario,
             phases=(*failures, *(program.phase.name for program in workload.programs)),
             torch_version=str(torch.__version__),
@@ -125,6 +130,89 @@ def ended(what: str, error: BaseException) -> TargetError:
         f"{what}: its code {how} while it was loaded or traced{raised_at(error)}.",
         "Put what must not run on import under: if __name__ == '__main__':",
     )
+
+
+_MOST_LEFT_WHOLE = 4
+"""Classes of modules that may turn out not to run on a share before the model is given up."""
+
+
+def _planned_for_all(
+    model: Model, scenario: Scenario, phase: str, inputs: Sequence[str], shared: contextlib.ExitStack
+) -> tuple[Sharding | None, Workload, dict[str, Failure]]:
+    """The programs to trace: the model's own, or those of a share of it, which it is until `shared` is closed.
+
+    Modules whose forward does not run on a share are left whole.
+    """
+    if scenario.gpus == 1:
+        return None, *_planned(model, scenario, phase, inputs)
+    if model.program is not None:
+        raise WorkloadError(
+            f"{model.name} is an exported program: its shapes are those of one GPU, so it cannot be cut for several.",
+            "Give the Python file or the transformers config that it was exported from.",
+        )
+    whole: frozenset[str] = frozenset()
+    while True:
+        share = functools.partial(sharded, model.module, tp=scenario.tp, ep=scenario.ep, whole=whole)
+        with contextlib.ExitStack() as attempt:
+            sharding = attempt.enter_context(share())
+            try:
+                workload, failures = _planned(model, scenario, phase, inputs)
+            except FxroofError as error:
+                problem, failed = error, _failed_on_share(error, model.module, sharding)
+            else:
+                failed = _failed_in_a_run(workload, model.module, sharding)
+                if failed is None:
+                    shared.push(attempt.pop_all())
+                    return sharding, workload, failures
+                problem = WorkloadError(f"{failed}: its forward does not run on a share of its layers.")
+        failed = failed or _failed_on_inputs(model, share, scenario, phase, inputs)
+        if failed is None or len(whole) == _MOST_LEFT_WHOLE:
+            raise type(problem)(f"As one of {scenario.gpus} GPUs: {problem.message}", problem.hint)
+        whole |= {failed}
+
+
+def _failed_in_a_run(workload: Workload, root: nn.Module, sharding: Sharding) -> str | None:
+    """As `_failed_on_share`, by a run before the trace; a share that passes its cache on has run to make it."""
+    if not workload.programs or workload.cache_kind.startswith("passed"):
+        return None
+    program = workload.programs[0]
+    try:
+        with tracing(), contextlib.redirect_stdout(sys.stderr):
+            program.module(*program.args)
+    except Exception as error:  # others will come up in the trace
+        return _failed_on_share(error, root, sharding)
+    return None
+
+
+def _failed_on_inputs(
+    model: Model,
+    share: Callable[[], contextlib.AbstractContextManager[Sharding]],
+    scenario: Scenario,
+    phase: str,
+    inputs: Sequence[str],
+) -> str | None:
+    """As `_failed_on_share`, where the error was taken for one of guessed inputs: run on those of the whole model."""
+    try:
+        workload = plan(model, scenario, phase, inputs)
+    except FxroofError:
+        return None
+    with share() as sharding:
+        return _failed_in_a_run(workload, model.module, sharding)
+
+
+def _failed_on_share(error: BaseException, root: nn.Module, sharding: Sharding) -> str | None:
+    """The class of the innermost module that failed and whose layers are cut, if there is one below the model."""
+    names = {id(module): name for name, module in root.named_modules()}
+    called: list[Any] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        called += [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        cause = cause.__cause__ or cause.__context__
+    for owner in (owner for owner in reversed(called) if id(owner) in names):
+        inside = f"{names[id(owner)]}."
+        if inside != "." and any(name.startswith(inside) for name in sharding.cut):
+            return type(owner).__name__
+    return None
 
 
 def _planned(
@@ -160,16 +248,34 @@ def _traced(program: Program) -> Graph:
     return trace(program.module, program.args, phase=program.phase, cache=program.cache, prefix=program.prefix)
 
 
-def _info(model: Model, workload: Workload, assume: Sequence[str]) -> ModelInfo:
+def _figures(model: Model) -> ModelInfo:
+    """What is known of a model before it is planned for, and cut."""
     return ModelInfo(
         name=model.name,
         source=model.source,
         parameters=model.parameters,
         parameter_bytes=model.parameter_bytes,
         dtypes=model.dtypes,
+        cache_kind="",
+        notes=model.notes,
+    )
+
+
+def _info(
+    model: Model, figures: ModelInfo, sharding: Sharding | None, workload: Workload, assume: Sequence[str]
+) -> ModelInfo:
+    """The figures and what planning added; `model` is now a share if there is a sharding."""
+    return dataclasses.replace(
+        figures,
         cache_kind=workload.cache_kind,
-        cache=cache_growth(model, workload),
-        notes=(*model.notes, *workload.notes, *(f"assumed where values are needed: {name}" for name in assume)),
+        cache=cache_growth(model, workload, shards=sharding.cache_shards if sharding else 1),
+        parameter_bytes_per_gpu=model.parameter_bytes if sharding else None,
+        notes=(
+            *figures.notes,
+            *(sharding.notes if sharding else ()),
+            *workload.notes,
+            *(f"assumed where values are needed: {name}" for name in assume),
+        ),
     )
 
 
@@ -183,15 +289,3 @@ def _recorded_inputs(module: fx.GraphModule) -> Inputs:
         torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="meta") if isinstance(v, torch.Tensor) else v
         for v in recorded
     )
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    # a trace allocates millions of objects that all live to its end: looking for garbage among them costs a tenth
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

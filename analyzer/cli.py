@@ -29,6 +29,7 @@ EXIT_INTERRUPTED = 130
 
 _MOST_SEQUENCES = 1_000_000
 _MOST_TOKENS = 10_000_000
+_MOST_GPUS = 1024
 _MOST_SECONDS = 10_000_000
 _WIDTH_OFF_TERMINAL = 100
 _LEAST_WIDTH = 40
@@ -171,6 +172,34 @@ def _complete_gpu(
     help="Tokens generated for each; decode is priced at a context of input + output / 2.",
 )
 @click.option(
+    "--prefix-len",
+    type=click.IntRange(0, _MOST_TOKENS),
+    default=0,
+    show_default=True,
+    help="Tokens of the prompt whose KV cache is there already; prefill computes the others.",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(0, _MOST_TOKENS),
+    default=0,
+    show_default=True,
+    help="Prefill in chunks of at most so many tokens a sequence; 0 for all at once.",
+)
+@click.option(
+    "--tp",
+    type=click.IntRange(1, _MOST_GPUS),
+    default=1,
+    show_default=True,
+    help="GPUs that share every layer: matrices are cut as the model's plan says.",
+)
+@click.option(
+    "--ep",
+    type=click.IntRange(1, _MOST_GPUS),
+    default=1,
+    show_default=True,
+    help="GPUs that share the experts, each holding some whole; alone, or as many as --tp.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["as-is", "bf16", "fp16", "fp32"]),
     default="as-is",
@@ -190,6 +219,13 @@ def _complete_gpu(
     default="sdpa",
     show_default=True,
     help="Attention implementation of transformers models.",
+)
+@click.option(
+    "--execution",
+    type=click.Choice(["eager", "compiled"]),
+    default="eager",
+    show_default=True,
+    help="Whose kernels are shown in detail: PyTorch's op by op, or a fusing compiler's. Both are summed up.",
 )
 @click.option("--init", metavar="TEXT", default="", help="Expression that builds the model: 'Model(Args(dim=4096))'.")
 @click.option(
@@ -242,9 +278,14 @@ def analyze(
     batch_size: int,
     input_len: int,
     output_len: int,
+    prefix_len: int,
+    chunk: int,
+    tp: int,
+    ep: int,
     dtype: str,
     phase: str,
     attention: str,
+    execution: str,
     init: str,
     inputs: tuple[str, ...],
     assume: tuple[str, ...],
@@ -279,14 +320,23 @@ def analyze(
     gpus = tuple(dict.fromkeys(gpus))
     if saved is not None:
         _refuse_tracing_options(ctx, target)
-        report = _repriced(saved, gpus)
+        report = _repriced(saved, gpus, execution if _was_given(ctx, "execution") else None)
     elif not gpus:
         raise click.UsageError("Missing option '--gpu'. For example: --gpu h100; `fxroof gpus` lists all.", ctx)
     else:
         from .scenario import Scenario
 
         given = [_was_given(ctx, name) for name in ("input_len", "output_len")]
-        scenario = Scenario(batch_size=batch_size, input_len=input_len, output_len=output_len, lengths_given=any(given))
+        scenario = Scenario(
+            batch_size=batch_size,
+            input_len=input_len,
+            output_len=output_len,
+            lengths_given=any(given),
+            prefix_len=prefix_len,
+            chunk=chunk,
+            tp=tp,
+            ep=ep,
+        )
         from .pipeline import analyze as analyze_target
 
         with _Progress(quiet=quiet) as progress:
@@ -297,6 +347,7 @@ def analyze(
                 phase=phase,
                 dtype=dtype,
                 attention=attention,
+                execution=execution,
                 init=init,
                 inputs=inputs,
                 assume=assume,
@@ -353,18 +404,19 @@ def _saved_report(target: str) -> Report | None:
     return read_report(path) if "schema_version" in head else None
 
 
-def _repriced(saved: Report, gpus: Sequence[str]) -> Report:
-    if not gpus:
+def _repriced(saved: Report, gpus: Sequence[str], execution: str | None) -> Report:
+    if not gpus and execution is None:
         return saved
     from .pipeline import reprice
 
-    return reprice(saved, gpus=gpus)
+    known = next((phase.execution for run in saved.runs for phase in run.phases), "eager")
+    return reprice(saved, gpus=gpus or [run.gpu.key for run in saved.runs], execution=execution or known)
 
 
 def _refuse_tracing_options(ctx: click.Context, target: str) -> None:
     fixed = (
-        "batch_size", "input_len", "output_len", "dtype", "phase", "attention", "init", "inputs", "assume",
-        "trust_remote_code",
+        "batch_size", "input_len", "output_len", "prefix_len", "chunk", "tp", "ep", "dtype", "phase", "attention",
+        "init", "inputs", "assume", "trust_remote_code",
     )  # fmt: skip
     given = [param.opts[0] for param in ctx.command.params if param.name in fixed and _was_given(ctx, param.name)]
     if given:

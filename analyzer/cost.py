@@ -89,6 +89,7 @@ class Cost:
         note: what was assumed for this op.
         gemms: the shapes of its matrix products, for tiles and waves; empty where none or not known.
         exchange: what it tells other GPUs, if anything.
+        parts: the kernels it launches where there are several; their work and traffic add up to the whole.
     """
 
     status: Status = Status.PRICED
@@ -104,6 +105,7 @@ class Cost:
     note: str = ""
     gemms: tuple[Gemm, ...] = ()
     exchange: Exchange | None = None
+    parts: "tuple[Part, ...]" = ()
 
     @property
     def matmul_flops(self) -> float:
@@ -119,6 +121,14 @@ class Cost:
     def vector_flops(self) -> float:
         """Vector FLOPs over all dtypes."""
         return sum(self.vector.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One of the kernels that an op launches: what it does, and its share of the op's cost."""
+
+    name: str
+    cost: Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +209,7 @@ class Call:
         note: str = "",
         gemms: tuple[Gemm, ...] = (),
         exchange: Exchange | None = None,
+        parts: "tuple[Part, ...]" = (),
     ) -> Cost:
         """The cost with the usual traffic: every tensor argument read once, every result written once.
 
@@ -217,6 +228,7 @@ class Call:
             note: see `Cost`.
             gemms: see `Cost`.
             exchange: see `Cost`.
+            parts: see `Cost`.
         """
         return Cost(
             matmul=matmul or {},
@@ -231,6 +243,7 @@ class Call:
             note=note,
             gemms=gemms,
             exchange=exchange,
+            parts=parts,
         )
 
 

@@ -1,6 +1,6 @@
 """Graph -> kernels: the units of execution that are placed on the roofline.
 
-Eager PyTorch launches a kernel for every op that is not free; a kernel here is a set of ops with one cost.
+Eager PyTorch launches a kernel for every op that is not free, or several; a kernel here is a set of ops with one cost.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,11 @@ class Kernel:
 
 
 def eager_kernels(graph: Graph, costs: Sequence[Cost]) -> tuple[Kernel, ...]:
-    """One kernel for each op that is not free."""
-    return tuple(
-        Kernel(name=op.target, ops=(index,), cost=cost, repeat=op.repeat)
-        for index, (op, cost) in enumerate(zip(graph.ops, costs, strict=True))
-        if cost.status is not Status.FREE
-    )
+    """The kernels of each op that is not free, one after the other."""
+    kernels: list[Kernel] = []
+    for index, (op, cost) in enumerate(zip(graph.ops, costs, strict=True)):
+        if cost.parts:
+            kernels += [Kernel(name=part.name, ops=(index,), cost=part.cost, repeat=op.repeat) for part in cost.parts]
+        elif cost.status is not Status.FREE:
+            kernels.append(Kernel(name=op.target, ops=(index,), cost=cost, repeat=op.repeat))
+    return tuple(kernels)

@@ -54,21 +54,23 @@ class CachePart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheGrowth:
-    """The KV cache as a formula of batch and context, measured on the tensors that the model itself makes.
+    """The KV cache of one GPU as a formula of batch and context, measured on the tensors that the model itself makes.
 
     Attributes:
         parts: cache tensors by kind.
         measured_to: longest context that was measured; windows beyond it are not known.
         in_place: true where a step replaces the tensors inside the cache it was given, so that an old tensor goes when
             its successor is made; false where the caller keeps the old cache until the step returns a new one.
+        shards: GPUs over which the cache is cut; 1 where one GPU, or every GPU, holds all of it.
     """
 
     parts: tuple[CachePart, ...] = ()
     measured_to: int = 0
     in_place: bool = True
+    shards: int = 1
 
     def nbytes(self, batch_size: int, context_len: int) -> int:
-        """Bytes of the whole cache when every sequence has `context_len` tokens."""
+        """Bytes of the cache on one GPU when every sequence has `context_len` tokens."""
         return sum(part.nbytes(batch_size, context_len) for part in self.parts)
 
 
@@ -77,7 +79,7 @@ class Memory:
     """What a scenario needs of one GPU's memory, bytes.
 
     Attributes:
-        weights_bytes: parameters and buffers as stored, tied ones once.
+        weights_bytes: parameters and buffers as stored, tied ones once: one GPU's share where several run the model.
         kv_cache_bytes: cache at the end of the generation, `context_len` tokens a sequence.
         activations_bytes: the most that the phases need at one moment beyond weights and cache, inputs and results
             included; also what a cache that grows by copying needs while it is copied.
@@ -90,8 +92,8 @@ class Memory:
             growth is unknown.
         max_context_len: longest prompt and generation together that fit at this batch; None where memory sets no limit
             or the cache's growth is unknown. The model's own limit of positions is not considered.
-        min_gpus: fewest of these GPUs when weights and cache are spread evenly and the rest is on each; None if
-            unknown, or if no number is enough.
+        min_gpus: fewest of these GPUs when the weights and cache of the whole model are spread evenly and the rest is
+            on each, as large as in this run; None if unknown, or if no number is enough.
         context_len: prompt and generation together.
         activations_phase: phase whose activations are largest; empty where nothing was traced.
     """
@@ -157,7 +159,9 @@ def memory(
         growth: how the cache grows; None where that is unknown, and the cache is then what the graphs hold.
     """
     context = scenario.input_len + scenario.output_len
-    weights = max(parameter_bytes, _resident(graphs))
+    resident = _resident(graphs)
+    weights = resident if scenario.gpus > 1 else max(parameter_bytes, resident)
+    shards = growth.shards if growth else 1
     held = max((sum(_final_cache(graph).values()) for graph in graphs.values()), default=0)
     cache = held if growth is None else max(growth.nbytes(scenario.batch_size, context), *map(_owned, graphs.values()))
     peaks = {
@@ -182,7 +186,7 @@ def memory(
         headroom_bytes=None if usable is None else usable - total,
         max_batch_size=_largest(needs.of_batch, usable) if needs and usable else None,
         max_context_len=_largest(needs.of_context, usable) if needs and usable else None,
-        min_gpus=_fewest_gpus(weights + cache, activations + overhead, usable),
+        min_gpus=_fewest_gpus(max(parameter_bytes, weights) + cache * shards, activations + overhead, usable),
         context_len=context,
         activations_phase=max(highest, key=lambda name: highest[name]) if highest else "",
     )

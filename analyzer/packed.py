@@ -154,6 +154,7 @@ class PackedExperts(nn.Module):
     num_experts: int
     has_gate: bool
     zeros = False
+    _is_expert_parallel = False
     act_fn: Any
     post_expert_norm: Any
     _apply_gate: Any
@@ -175,6 +176,8 @@ class PackedExperts(nn.Module):
         if getattr(self, "has_post_expert_norm", False):
             out = self.post_expert_norm(out)
         out = out * top_k_weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
+        if self._is_expert_parallel:  # rows of other GPUs' experts were not computed
+            out.masked_fill_((experts >= self.num_experts).unsqueeze(-1), 0.0)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.size(0), device=order.device)
         return out[back].view(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)
@@ -188,7 +191,10 @@ class PackedExperts(nn.Module):
         zeros = held.get(f"{name}_qzeros") if self.zeros else None
         outputs = scales.shape[-1] if packed else weight.shape[1]
         out: torch.Tensor = torch.ops.fxroof.grouped_linear(rows, weight, scales, zeros, ends, outputs)
-        return out if bias is None else out.add_(bias[experts])
+        if bias is None:
+            return out
+        index = experts.clamp(max=self.num_experts - 1) if self._is_expert_parallel else experts
+        return out.add_(bias[index])
 
 
 class Mxfp4Mlp(nn.Module):

@@ -10,14 +10,18 @@ from ..hardware.catalog import CATALOG_VERSION, Resolved
 from ..hardware.catalog import load as load_gpu
 from . import box
 from .analysis import Coverage, PhaseAnalysis, analyze_phase, coverage
+from .collectives import summary as exchanged
 from .cost import Cost, operator_name
 from .errors import CoverageError, FxroofError
+from .estimate import derating
+from .garbage import without_collection
 from .graph import Graph, Role
 from .handover import Traced, collect
 from .memory import BLOCK, memory
 from .report import GpuInfo, Report, Run, fxroof_version
 from .request import Request
 from .scenario import Scenario
+from .serving import serving
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +46,7 @@ def analyze(
     phase: str = "all",
     dtype: str = "as-is",
     attention: str = "sdpa",
+    execution: str = "eager",
     init: str = "",
     inputs: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -65,6 +70,7 @@ def analyze(
         phase: `prefill`, `decode`, `forward`, `encoder`, or `all` that the model has.
         dtype: `as-is`, `bf16`, `fp16` or `fp32`.
         attention: `sdpa` or `eager`, for transformers models.
+        execution: `eager` or `compiled`: whose bound and estimate are those of the phases.
         init: an expression in the target's namespace that builds the model.
         inputs: `name=2x3x224x224:bf16` for inputs of forward given by hand.
         trust_remote_code: run code that a model repository brings.
@@ -89,7 +95,7 @@ def analyze(
         from .capture import from_live
 
         frames = from_live(model, example_inputs, scenario, phase, dtype, assume)
-        return _priced(collect(frames, progress), resolved, progress)
+        return _priced(collect(frames, progress), resolved, execution, progress)
     if example_inputs is not None:
         raise FxroofError(
             f"{model}: example_inputs go with a module; this is the name of one.",
@@ -111,11 +117,11 @@ def analyze(
         progress("importing torch")
         from .capture import from_request
 
-        return _priced(collect(from_request(request, debug=debug), progress), resolved, progress)
+        return _priced(collect(from_request(request, debug=debug), progress), resolved, execution, progress)
     limits = box.Limits(seconds=timeout, memory=memory_limit)
     with box.Box(request, limits=limits, debug=debug) as child:
         resolved = [load_gpu(name) for name in names]  # while the child imports torch
-        return _priced(collect(child.frames(), progress), resolved, progress)
+        return _priced(collect(child.frames(), progress), resolved, execution, progress)
 
 
 def analyze_model(
@@ -125,11 +131,11 @@ def analyze_model(
     from .capture import from_model
 
     resolved = [load_gpu(name) for name in gpus]
-    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, _silent)
+    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, "eager", _silent)
 
 
-def reprice(report: Report, *, gpus: Sequence[str]) -> Report:
-    """The same graphs on other GPUs; needs no torch. Errors as `analyze`."""
+def reprice(report: Report, *, gpus: Sequence[str], execution: str = "eager") -> Report:
+    """The same graphs on other GPUs or in another execution; needs no torch. Errors as `analyze`."""
     traced = Traced(
         model=report.model,
         scenario=report.scenario,
@@ -137,7 +143,7 @@ def reprice(report: Report, *, gpus: Sequence[str]) -> Report:
         failures=report.failures,
         torch_version=report.torch_version,
     )
-    return _priced(traced, [load_gpu(name) for name in gpus], _silent)
+    return _priced(traced, [load_gpu(name) for name in gpus], execution, _silent)
 
 
 def _gpu_names(gpu: str | None, gpus: Sequence[str]) -> tuple[str, ...]:
@@ -152,8 +158,10 @@ def _silent(_: str) -> None:
     pass
 
 
-def _priced(traced: Traced, resolved: Iterable[Resolved], progress: Progress) -> Report:
+def _priced(traced: Traced, resolved: Iterable[Resolved], execution: str, progress: Progress) -> Report:
     progress("pricing")
+    with without_collection():
+        runs = tuple(_run(traced, gpu, execution) for gpu in resolved)
     return Report(
         fxroof_version=fxroof_version(),
         torch_version=traced.torch_version,
@@ -161,14 +169,14 @@ def _priced(traced: Traced, resolved: Iterable[Resolved], progress: Progress) ->
         model=traced.model,
         scenario=traced.scenario,
         graphs=traced.graphs,
-        runs=tuple(_run(traced, gpu) for gpu in resolved),
+        runs=runs,
         failures=traced.failures,
     )
 
 
-def _run(traced: Traced, resolved: Resolved) -> Run:
+def _run(traced: Traced, resolved: Resolved, execution: str) -> Run:
     gpu, graphs, scenario = resolved.gpu, traced.graphs, traced.scenario
-    analysed = [analyze_phase(graph, gpu) for graph in graphs.values()]
+    analysed = [analyze_phase(graph, gpu, execution) for graph in graphs.values()]
     phases = tuple(phase for phase, _ in analysed)
     covered = coverage(phases)
     _refuse_if_uncovered(covered)
@@ -196,6 +204,8 @@ def _run(traced: Traced, resolved: Resolved) -> Run:
             parameter_bytes=traced.model.parameter_bytes,
             growth=traced.model.cache,
         ),
+        serving=serving(phases, scenario),
+        derating=derating(gpu).figures,
     )
 
 
@@ -215,15 +225,16 @@ def _assumptions(
     resolved: Resolved,
 ) -> Iterable[str]:
     gpu = resolved.gpu
-    yield "times are bounds from vendor peaks (dense); no launch overhead, no achieved-fraction derating"
-    yield (
-        "eager execution: every op reads its operands from device memory and writes its result there; a run whose "
-        "small tensors stay in the cache from op to op can beat that, never the floor"
-    )
+    yield "floor and bound: vendor peaks (dense), caches at their best, no launch; no run is faster"
+    yield "estimate: shares of the peaks that are reached, LRU caches, tiles and waves, latency and launch"
+    yield "eager: every op launched from Python; compiled: Inductor's kernels in a CUDA graph"
     yield "float32 matmuls run without TF32, convolutions with it (PyTorch's defaults)"
     backends = {c.backend: c.note for _, costs in analysed for c in costs if c.backend}
     for backend, note in backends.items():
         yield f"attention backend: {backend}" + (f" ({note})" if note else "")
+    for name, (_, costs) in zip(graphs, analysed, strict=True):
+        if told_others := exchanged(costs):
+            yield f"{name}: {told_others}; bound: one way over the links at their peak; estimate: ring or one-shot"
     told = {
         c.note: f"{op.anchor or op.name}: {c.note}"
         for g, (_, costs) in zip(graphs.values(), analysed, strict=True)

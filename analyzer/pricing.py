@@ -11,7 +11,7 @@ from math import fsum
 
 from ..hardware.gpu import Gpu
 from . import formulas
-from .cost import Call, Cost, Status, bytes_by_role, find_formula, unpriced
+from .cost import Access, Call, Cost, Part, Status, bytes_by_role, find_formula, unpriced
 from .errors import FxroofError
 from .graph import Graph, Op
 from .roofline import place
@@ -36,7 +36,7 @@ def price(graph: Graph, gpu: Gpu) -> tuple[Cost, ...]:
         PluginError: a package's formulas cannot be loaded.
     """
     load_formulas()
-    costs = [_price(graph, op, gpu) for op in graph.ops]
+    costs = _prices(graph, gpu)
     if any(op.kernel for op in graph.ops):
         _move_work_into_kernels(graph, costs)
     if any(op.branch for op in graph.ops):
@@ -67,6 +67,46 @@ def _load_plugin(plugin: EntryPoint) -> None:
             f"cannot be loaded: {type(error).__name__}: {error}",
             f"Repair or uninstall {package}; docs/formulas.md says what its module must do.",
         ) from error
+
+
+def _prices(graph: Graph, gpu: Gpu) -> list[Cost]:
+    """Each kind of op is priced once; its likes have the same cost on tensors of their own."""
+    known: dict[int, tuple[tuple[int, ...], Cost]] = {}
+    costs: list[Cost] = []
+    for op, kind in zip(graph.ops, graph.kinds, strict=True):
+        tensors = (*op.inputs, *op.outputs)
+        if kind not in known:
+            known[kind] = tensors, _price(graph, op, gpu)
+            costs.append(known[kind][1])
+        else:
+            first, cost = known[kind]
+            costs.append(_moved(cost, dict(zip(first, tensors, strict=True))) if cost.traffic else cost)
+    return costs
+
+
+def _moved(cost: Cost, tensors: Mapping[int, int]) -> Cost:
+    """The same cost on other tensors; `dataclasses.replace` takes five times as long."""
+    traffic = [
+        Access(tensor=tensors[a.tensor], read=a.read, written=a.written, expected_read=a.expected_read)
+        for a in cost.traffic
+    ]
+    parts = [Part(name=part.name, cost=_moved(part.cost, tensors)) for part in cost.parts]
+    return Cost(
+        status=cost.status,
+        matmul=cost.matmul,
+        vector=cost.vector,
+        special=cost.special,
+        traffic=tuple(traffic),
+        scratch_read=cost.scratch_read,
+        scratch_written=cost.scratch_written,
+        dense_matmul=cost.dense_matmul,
+        tf32=cost.tf32,
+        backend=cost.backend,
+        note=cost.note,
+        gemms=cost.gemms,
+        exchange=cost.exchange,
+        parts=tuple(parts),
+    )
 
 
 def _price(graph: Graph, op: Op, gpu: Gpu) -> Cost:
@@ -142,8 +182,8 @@ def _choice(times: dict[str, float], kept: str) -> str:
 
 
 def _seconds(graph: Graph, cost: Cost, gpu: Gpu) -> float:
-    totals = bytes_by_role(graph, cost).values()
-    return place(cost, sum(read for read, _ in totals), sum(written for _, written in totals), gpu).seconds
+    moved = sum(read + written for read, written in bytes_by_role(graph, cost).values())
+    return place(cost, moved, moved, gpu).seconds
 
 
 def _uncharged(cost: Cost, note: str) -> Cost:

@@ -14,16 +14,22 @@ import msgspec
 
 from .analysis import Coverage, PhaseAnalysis
 from .errors import ReportFileError
+from .estimate import Derated
 from .graph import Graph
 from .memory import CacheGrowth, Memory
 from .scenario import Scenario
+from .serving import Serving
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The model as reports name it; parameters tied to each other count once. `cache` is None where it is not known."""
+    """The model as reports name it; parameters tied to each other count once. `cache` is None where it is not known.
+
+    Parameters are those of the whole model; what one GPU of several holds of them is `parameter_bytes_per_gpu`, None
+    where one GPU runs the model. `cache` is one GPU's.
+    """
 
     name: str
     source: str
@@ -33,6 +39,7 @@ class ModelInfo:
     cache_kind: str
     notes: tuple[str, ...] = ()
     cache: CacheGrowth | None = None
+    parameter_bytes_per_gpu: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +71,19 @@ class GpuInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One scenario on one GPU. `findings` stays empty until fxroof has rules."""
+    """One scenario on one GPU. `findings` stays empty until fxroof has rules.
+
+    Attributes:
+        scenario: the situation.
+        gpu: the part.
+        coverage: how much was understood.
+        phases: each phase.
+        findings: none yet.
+        assumptions: what was taken for granted.
+        memory: what must fit.
+        serving: the phases put together; None for a model that makes no tokens.
+        derating: the figures that make estimates of bounds, each with its source.
+    """
 
     scenario: Scenario
     gpu: GpuInfo
@@ -73,6 +92,8 @@ class Run:
     findings: tuple[dict[str, str], ...] = ()
     assumptions: tuple[str, ...] = ()
     memory: Memory | None = None
+    serving: Serving | None = None
+    derating: tuple[Derated, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

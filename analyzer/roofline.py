@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..hardware.gpu import Gpu
+from .collectives import least_seconds
 from .cost import Cost
 
 
@@ -18,18 +19,37 @@ class Bound(StrEnum):
     MEMORY = "memory"
     COMPUTE = "compute"
     SPECIAL = "special"
+    LINK = "link"
     LATENCY = "latency"
     FREE = "free"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lanes:
-    """Seconds that each unit of the GPU is busy with a kernel at the vendor's peak."""
+    """Seconds that each unit of the GPU is busy with a kernel at the vendor's peak.
+
+    `l2` is 0 where the part publishes no bandwidth for its L2, `link` where a kernel tells other GPUs nothing.
+    """
 
     tensor: float = 0.0
     vector: float = 0.0
     special: float = 0.0
     memory: float = 0.0
+    l2: float = 0.0
+    link: float = 0.0
+
+    @property
+    def slowest(self) -> tuple[float, Bound]:
+        """Seconds of the lane that a kernel ends with, and its class; L2 counts as memory."""
+        return max(
+            (self.memory, Bound.MEMORY),
+            (self.l2, Bound.MEMORY),
+            (self.tensor, Bound.COMPUTE),
+            (self.vector, Bound.COMPUTE),
+            (self.special, Bound.SPECIAL),
+            (self.link, Bound.LINK),
+            key=lambda lane: lane[0],
+        )
 
     def times(self, repeat: int) -> "Lanes":
         """Seconds of that many kernels."""
@@ -40,6 +60,18 @@ class Lanes:
             vector=repeat * self.vector,
             special=repeat * self.special,
             memory=repeat * self.memory,
+            l2=repeat * self.l2,
+            link=repeat * self.link,
+        )
+
+    def __add__(self, other: "Lanes") -> "Lanes":
+        return Lanes(
+            tensor=self.tensor + other.tensor,
+            vector=self.vector + other.vector,
+            special=self.special + other.special,
+            memory=self.memory + other.memory,
+            l2=self.l2 + other.l2,
+            link=self.link + other.link,
         )
 
 
@@ -67,13 +99,13 @@ class Placement:
     widened: Mapping[str, str] = field(default_factory=dict)
 
 
-def place(cost: Cost, bytes_read: int, bytes_written: int, gpu: Gpu) -> Placement:
+def place(cost: Cost, moved: int, from_memory: float, gpu: Gpu) -> Placement:
     """Place a cost on a GPU.
 
     Args:
         cost: the work.
-        bytes_read: bytes from device memory.
-        bytes_written: bytes to device memory.
+        moved: bytes that it reads and writes.
+        from_memory: those of them that cross the memory bus; the others are found in a cache.
         gpu: the part.
     """
     tensor = vector = 0.0
@@ -96,26 +128,21 @@ def place(cost: Cost, bytes_read: int, bytes_written: int, gpu: Gpu) -> Placemen
             unrated.append(dtype)
         else:
             vector += flops / rate.flops_per_second
-    total_bytes = bytes_read + bytes_written
     lanes = Lanes(
         tensor=tensor,
         vector=vector,
-        special=cost.special / _special_rate(gpu) if gpu.special_per_second else 0.0,
-        memory=total_bytes / gpu.memory_bandwidth,
+        special=cost.special / special_rate(gpu) if gpu.special_per_second else 0.0,
+        memory=from_memory / gpu.memory_bandwidth,
+        l2=moved / gpu.l2_bandwidth if gpu.l2_bandwidth else 0.0,
+        link=(least_seconds(cost.exchange, gpu) or 0.0) if cost.exchange else 0.0,
     )
-    seconds, bound = max(
-        (lanes.memory, Bound.MEMORY),
-        (lanes.tensor, Bound.COMPUTE),
-        (lanes.vector, Bound.COMPUTE),
-        (lanes.special, Bound.SPECIAL),
-        key=lambda lane: lane[0],
-    )
+    seconds, bound = lanes.slowest
     flops = cost.executed_matmul_flops + cost.vector_flops
     return Placement(
         lanes=lanes,
         seconds=seconds,
         bound=bound if seconds else Bound.FREE,
-        intensity=flops / total_bytes if total_bytes else 0.0,
+        intensity=flops / moved if moved else 0.0,
         ridge=_ridge(cost, gpu),
         unrated=tuple(dict.fromkeys(unrated)),
         widened=widened,
@@ -126,7 +153,8 @@ _EMULATION_FLOPS = 12
 """Vector FLOP slots of an exponential computed as a polynomial: range reduction and a cubic in 6 instructions."""
 
 
-def _special_rate(gpu: Gpu) -> float:
+def special_rate(gpu: Gpu) -> float:
+    """Exponentials a second, at most."""
     # kernels on Blackwell compute part of their exponentials on the FMA units beside the special-function units
     # (FlashAttention-4), so the bound allows both everywhere
     vector = gpu.vector_rate("float32")

@@ -13,12 +13,16 @@ class Phase:
         new_tokens: tokens gained by it: all of the prompts, one a sequence in decode.
         cache_fill: share of a cache that the model owns which earlier tokens fill when the phase starts; 1 for caches
             passed in.
+        turns: times it runs for one prompt: the chunks that the prompt is cut into.
+        expert_ranks: GPUs that share the experts, each holding some of them whole; 1 where every GPU has a part of all.
     """
 
     name: str = "forward"
     tokens: int = 0
     new_tokens: int = 0
     cache_fill: float = 1.0
+    turns: int = 1
+    expert_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,10 @@ class Scenario:
         name: how reports call it.
         lengths_given: true when the user chose the lengths, which are then not shortened to the model's limit.
         source_len: positions that an encoder makes of its input, which the decoder attends to; 0 without an encoder.
+        prefix_len: tokens of the prompt whose cache is there already, from another request.
+        chunk: most prompt tokens of a sequence that go through the model at once; 0 for all.
+        tp: GPUs over which matrices are cut; 1 where each is whole.
+        ep: GPUs over which experts are dealt out whole; 1 where every GPU has all.
     """
 
     batch_size: int = 1
@@ -40,11 +48,35 @@ class Scenario:
     name: str = "default"
     lengths_given: bool = False
     source_len: int = 0
+    prefix_len: int = 0
+    chunk: int = 0
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that run the model together."""
+        return max(self.tp, self.ep)
 
     @property
     def context_len(self) -> int:
         """Tokens already in the cache at the mean decode step."""
         return self.input_len + self.output_len // 2
+
+    @property
+    def prompt_turns(self) -> int:
+        """Passes that a prompt takes."""
+        return -(-(self.input_len - self.prefix_len) // self.chunk) if self.chunk else 1
+
+    @property
+    def prompt_len(self) -> int:
+        """Prompt tokens of a sequence in the mean pass."""
+        return max(1, round((self.input_len - self.prefix_len) / self.prompt_turns))
+
+    @property
+    def prompt_past(self) -> int:
+        """Tokens in the cache before the mean pass: bytes and FLOPs of all passes are as many times its own."""
+        return round(self.prefix_len + (self.input_len - self.prefix_len - self.prompt_len) / 2)
 
     def phase(self, name: str, *, length: int = 1, cache_fill: float = 1.0) -> Phase:
         """The phase of that name in which every sequence pushes `length` tokens through the model."""
@@ -54,4 +86,6 @@ class Scenario:
             tokens=self.batch_size * length,
             new_tokens=self.batch_size * gained,
             cache_fill=cache_fill,
+            turns=self.prompt_turns if name == "prefill" else 1,
+            expert_ranks=self.ep,
         )

@@ -127,6 +127,8 @@ class _Builder:
             tokens=phase.tokens,
             new_tokens=phase.new_tokens,
             cache_fill=phase.cache_fill,
+            turns=phase.turns,
+            expert_ranks=phase.expert_ranks,
             storages=storages,
             tensors=tuple(self.tensors),
             ops=tuple(self.ops),

@@ -105,8 +105,11 @@ def plan(model: Model, scenario: Scenario, phase: str = "all", inputs: Sequence[
 
 def _planned(model: Model, scenario: Scenario, phase: str, inputs: Sequence[str]) -> Workload:
     if model.program is not None:
+        _require_whole_prompts(model, scenario)
         _require(not inputs, "An exported program brings its own inputs.", "Leave out --input.")
         return _exported(model.program, scenario, phase)
+    if inputs or model.example_inputs is not None:
+        _require_whole_prompts(model, scenario)
     if inputs:
         return _given(model, scenario, phase, inputs)
     if model.example_inputs is not None:
@@ -114,17 +117,33 @@ def _planned(model: Model, scenario: Scenario, phase: str, inputs: Sequence[str]
     arguments = _forward_arguments(model.module)
     if is_transformers(model.module):
         if getattr(model.module.config, "is_encoder_decoder", False) and "encoder_outputs" in arguments:
+            _require_whole_prompts(model, scenario)
             return _encoder_decoder(model, scenario, phase)
         if not model.module.can_generate():  # type: ignore[operator]  # a method of transformers
+            _require_whole_prompts(model, scenario)
             return _encoder(model, scenario, phase, tuple(arguments))
     if not _takes_tokens(model.module, arguments):
+        _require_whole_prompts(model, scenario)
         return _plain_forward(model, scenario, phase, arguments)
     workload = _token_model(model, scenario, phase, arguments)
     return _with_features(model, workload, phase, arguments) if is_transformers(model.module) else workload
 
 
+def _require_whole_prompts(model: Model, scenario: Scenario) -> None:
+    _require(
+        not scenario.prefix_len and not scenario.chunk,
+        f"{model.name} takes no KV cache that fxroof knows how to fill, so no part of a prompt can be there already.",
+        "Leave out --prefix-len and --chunk.",
+    )
+
+
 def _token_model(model: Model, scenario: Scenario, phase: str, arguments: Mapping[str, inspect.Parameter]) -> Workload:
     scenario, notes = _fitted(model, scenario)
+    _require(
+        scenario.prefix_len < scenario.input_len,
+        f"A cached prefix of {scenario.prefix_len} tokens leaves nothing of a prompt of {scenario.input_len}.",
+        "Give --input-len the whole prompt, prefix included.",
+    )
     try:
         workload = _of_its_manner(model, scenario, phase, arguments)
     except UnrolledError:
@@ -132,7 +151,17 @@ def _token_model(model: Model, scenario: Scenario, phase: str, arguments: Mappin
         scenario, loops = shortened(model.module, scenario, fixed, cached=True)
         notes = [*notes, *loops]
         workload = _of_its_manner(model, scenario, phase, arguments, patient=True)
-    return dataclasses.replace(workload, notes=(*notes, *workload.notes))
+    return dataclasses.replace(workload, notes=(*notes, *_how_prompts_go(workload.scenario), *workload.notes))
+
+
+def _how_prompts_go(scenario: Scenario) -> Iterator[str]:
+    if scenario.prefix_len:
+        yield f"{scenario.prefix_len} of {scenario.input_len} prompt tokens are in the cache already"
+    if scenario.prompt_turns > 1:
+        yield (
+            f"prefill in {scenario.prompt_turns} chunks of at most {scenario.chunk} tokens: the mean one is analysed, "
+            f"{scenario.prompt_len} tokens after {scenario.prompt_past}, and counts {scenario.prompt_turns} times"
+        )
 
 
 def _of_its_manner(
@@ -152,7 +181,7 @@ def _of_its_manner(
     argument = next((n for n in names if n in CACHE_ARGUMENTS), "")
     if argument:
         with contextlib.nullcontext() if patient else bounded():
-            template = _cache_after(model, scenario, argument, _fixed_arguments(names))
+            template = _cache_after(model, scenario, argument, _fixed_arguments(names), scenario.context_len)
         if tensors_in(template):
             return _passed_cache(model, scenario, phase, names, argument, template)
     return _no_cache(model, scenario, phase, arguments)
@@ -163,25 +192,20 @@ def _passed_cache(
 ) -> Workload:
     """Models that take and return their cache, transformers' among them."""
     fixed = _fixed_arguments(names)
+    past = scenario.prompt_past
+    before = _cache_after(model, scenario, argument, fixed, past) if past and phase in ("all", "prefill") else None
     programs = []
-    if phase in ("all", "prefill"):
-        programs.append(
-            Program(
-                phase=scenario.phase("prefill", length=scenario.input_len),
-                module=Call(model.module, fixed=fixed, cache_argument=argument),
-                args=(some_tokens(scenario.batch_size, scenario.input_len),),
+    for name, length, state in (("prefill", scenario.prompt_len, before), ("decode", 1, template)):
+        if phase in ("all", name):
+            cache = tuple(map(emptied, tensors_in(state)))
+            programs.append(
+                Program(
+                    phase=scenario.phase(name, length=length),
+                    module=Call(model.module, fixed=fixed, cache_argument=argument, template=state),
+                    args=(some_tokens(scenario.batch_size, length), *cache),
+                    cache=tuple(cache_tensors(cache)),
+                )
             )
-        )
-    if phase in ("all", "decode"):
-        cache = tuple(map(emptied, tensors_in(template)))
-        programs.append(
-            Program(
-                phase=scenario.phase("decode"),
-                module=Call(model.module, fixed=fixed, cache_argument=argument, template=template),
-                args=(some_tokens(scenario.batch_size, 1), *cache),
-                cache=tuple(cache_tensors(cache)),
-            )
-        )
     return Workload(programs=tuple(programs), scenario=scenario, cache_kind=f"passed as `{argument}`")
 
 
@@ -197,15 +221,16 @@ def _own_cache_by_position(model: Model, scenario: Scenario, phase: str) -> Work
     names = list(_forward_arguments(model.module))
     order = [n for n in names if n == "input_pos" or names.index(n) == 0]
     programs = []
-    filled = scenario.context_len / capacity
-    for name, length, fill in (("prefill", scenario.input_len, 0.0), ("decode", 1, filled)):
+    for name, length, start in (
+        ("prefill", scenario.prompt_len, scenario.prompt_past),
+        ("decode", 1, scenario.context_len),
+    ):
         if phase in ("all", name):
             inputs = {order[0]: some_tokens(scenario.batch_size, length)}
-            start = 0 if name == "prefill" else scenario.context_len
             inputs["input_pos"] = with_value(torch.arange(start, start + length))
             programs.append(
                 Program(
-                    phase=scenario.phase(name, length=length, cache_fill=fill),
+                    phase=scenario.phase(name, length=length, cache_fill=start / capacity),
                     module=Call(model.module, names=order),
                     args=tuple(inputs[n] for n in order),
                 )
@@ -217,7 +242,10 @@ def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workloa
     """Models that own their cache and are told a start position (the manner of Meta's Llama reference)."""
     first = next(iter(_forward_arguments(model.module)))
     programs = []
-    for name, length, start in (("prefill", scenario.input_len, 0), ("decode", 1, scenario.context_len)):
+    for name, length, start in (
+        ("prefill", scenario.prompt_len, scenario.prompt_past),
+        ("decode", 1, scenario.context_len),
+    ):
         if phase in ("all", name):
             programs.append(
                 Program(
@@ -231,6 +259,7 @@ def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workloa
 
 def _no_cache(model: Model, scenario: Scenario, phase: str, arguments: Mapping[str, inspect.Parameter]) -> Workload:
     """Models without a cache: a decode step is a forward over the whole prefix."""
+    _require_whole_prompts(model, scenario)
     wanted = [n for n, p in list(arguments.items())[1:] if p.default is inspect.Parameter.empty]
     _require(not wanted, _unknown_inputs(model), HOOK)
     fixed = _fixed_arguments(tuple(arguments), cached=False)
@@ -311,6 +340,9 @@ def _with_features(
     model: Model, workload: Workload, phase: str, arguments: Mapping[str, inspect.Parameter]
 ) -> Workload:
     """Language models that also see: the prompt holds an image, or the image's encoder is a phase of its own."""
+    if (workload.scenario.prefix_len or workload.scenario.chunk) and "pixel_values" in arguments:
+        note = "text only: with a cached prefix or in chunks, images are not analysed"
+        return dataclasses.replace(workload, notes=(*workload.notes, note))
     if "pixel_values" not in arguments or not hasattr(model.module, "get_image_features"):
         others = [n for n in ("pixel_values", "input_features", "input_values") if n in arguments]
         note = f"text only: what makes tokens of {', '.join(others)} is not analysed"
@@ -508,9 +540,9 @@ def _exported(program: ExportedProgram, scenario: Scenario, phase: str) -> Workl
     )
 
 
-def _cache_after(model: Model, scenario: Scenario, argument: str, fixed: Mapping[str, Any]) -> Any:
-    """The cache that the model returns for a prompt of the mean context: run on meta, so shapes are all it costs."""
-    tokens = some_tokens(scenario.batch_size, scenario.context_len)
+def _cache_after(model: Model, scenario: Scenario, argument: str, fixed: Mapping[str, Any], length: int) -> Any:
+    """The cache that the model returns for a prompt of that length: run on meta, so shapes are all it costs."""
+    tokens = some_tokens(scenario.batch_size, length)
     with tracing(), contextlib.redirect_stdout(sys.stderr):
         try:
             tell(tokens, getattr(tokens, VALUE))
@@ -540,12 +572,7 @@ def _fitted(model: Model, scenario: Scenario) -> tuple[Scenario, list[str]]:
     if scenario.lengths_given:
         return scenario, [f"input and output exceed the model's own limit of {limit} positions"]
     output_len = min(scenario.output_len, max(1, limit // 4))
-    fitted = Scenario(
-        batch_size=scenario.batch_size,
-        input_len=limit - output_len,
-        output_len=output_len,
-        name=scenario.name,
-    )
+    fitted = dataclasses.replace(scenario, input_len=limit - output_len, output_len=output_len)
     return fitted, [
         f"the model has {limit} positions: lengths reduced to input {fitted.input_len}, output {output_len}"
     ]

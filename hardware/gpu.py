@@ -92,6 +92,7 @@ class Gpu:
         memory_bandwidth: Device memory peak, byte/s.
         memory_label_bytes: The capacity as printed, with GB read as 10^9 byte.
         memory_usable_bytes: What the runtime reports as total memory, byte; see `memory_usable_is_estimate`.
+        memory_type: HBM3e, GDDR6, LPDDR5X unified ...; empty if not given.
         memory_usable_is_estimate: True where the usable bytes are a lower estimate: 0.98 of what nvidia-smi
             reports, else 0.985 of the label read as GiB (dedicated NVIDIA and AMD memory, where nine device
             queries give 0.986 to 1.000), else the label read as decimal GB.
@@ -108,6 +109,7 @@ class Gpu:
         register_file_per_sm_bytes: Register file of one SM.
         link_bandwidth: Device-to-device links of this device together, one direction, byte/s.
         host_bandwidth: Host link (C2C, else PCIe), one direction, byte/s.
+        kernel_latency: Seconds of a tiny kernel among others in a CUDA or HIP graph, measured.
         achieved: Published achieved share of the peak: `memory_read`, `memory_triad`, `tensor_bfloat16`, ...
         figures: Every figure as printed, with its source.
         notes: What a reader of the figures must know.
@@ -127,6 +129,7 @@ class Gpu:
     memory_label_bytes: Bytes | None
     memory_usable_bytes: Bytes | None
     memory_usable_is_estimate: bool
+    memory_type: str
     tensor: Mapping[str, FlopsPerSecond] = field(hash=False)
     vector: Mapping[str, FlopsPerSecond] = field(hash=False)
     special_per_second: float | None
@@ -140,6 +143,7 @@ class Gpu:
     register_file_per_sm_bytes: Bytes | None
     link_bandwidth: BytesPerSecond | None
     host_bandwidth: BytesPerSecond | None
+    kernel_latency: float | None
     achieved: Mapping[str, float] = field(hash=False)
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
@@ -248,6 +252,7 @@ def from_figures(
         memory_label_bytes=_bytes(numbers.get("memory_gb"), _GIGA),
         memory_usable_bytes=usable,
         memory_usable_is_estimate=is_estimate,
+        memory_type=texts.get("memory_type", ""),
         tensor=_peaks(numbers, _TENSOR_FIGURES),
         vector=_peaks(numbers, _VECTOR_FIGURES),
         special_per_second=special * sm_count * clock if special and sm_count and clock else None,
@@ -261,6 +266,7 @@ def from_figures(
         register_file_per_sm_bytes=_bytes(numbers.get("register_file_per_sm_kb"), _KIBI),
         link_bandwidth=_one_way(numbers, "interconnect"),
         host_bandwidth=_one_way(numbers, "c2c") or _one_way(numbers, "pcie"),
+        kernel_latency=numbers["kernel_in_graph_us"] * 1e-6 if "kernel_in_graph_us" in numbers else None,
         achieved=_achieved(numbers),
         figures=figures,
         notes=notes,
@@ -365,6 +371,7 @@ _FIGURES_BY_UNIT: dict[str, tuple[str, ...]] = {
     ),
     "year": ("release_year",),
     "W": ("tdp_w",),
+    "us": ("kernel_in_graph_us", "kernel_in_stream_us"),
     "USD/h": ("price_usd_per_gpu_hour", "price_usd_per_gpu_hour_low", "price_usd_per_gpu_hour_high"),
     "fraction": tuple(_ACHIEVED_FIGURES),
     "": ("architecture", "compute_capability", "gfx_target", "memory_type", "interconnect"),

@@ -4,11 +4,12 @@ Shapes: query (B, Hq, S, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), scores (
 output (B, Hq, S, Dv).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
 from ...hardware.gpu import Gpu
-from ..cost import Call, Cost, formula, unpriced
+from ..cost import Access, Call, Cost, Gemm, Part, formula, unpriced
 from ..sdpa import HALF, UNKNOWN_CAPABILITY, Attention, Backend, BackendName, choose_backend
 from .arithmetic import number
 from .attention_kernels import (
@@ -50,7 +51,7 @@ def math_attention(call: Call) -> Cost:
     steps = metal_steps(attention, "math") if on_apple else math_steps(attention, converts_mask=False)
     cost = _math_cost(call, attention, steps, Backend("math", "asked for by name"))
     returned = sum(tensor.touched_bytes for tensor in call.outputs[1:])
-    return replace(cost, scratch_written=max(0, cost.scratch_written - returned))
+    return replace(cost, scratch_written=max(0, cost.scratch_written - returned), parts=())
 
 
 @formula("aten._scaled_dot_product_flash_attention")
@@ -211,7 +212,8 @@ def _fused_cost(call: Call, attention: Attention, steps: tuple[Step, ...], backe
         backend=backend.name,
         note=backend.reason,
     )
-    return _without_statistics(call, cost)
+    whole = _without_statistics(call, cost)
+    return _in_parts(call, whole, steps, {"attention": replace(whole, traffic=())}) if steps else whole
 
 
 def _math_cost(call: Call, attention: Attention, steps: tuple[Step, ...], backend: Backend) -> Cost:
@@ -230,15 +232,42 @@ def _math_cost(call: Call, attention: Attention, steps: tuple[Step, ...], backen
     computed = "float32" if upcast else query.dtype
     key_elements = prod((*(heads if attention.gqa else key.shape[:-2]), *key.shape[-2:]))
     masked = attention.causal or attention.mask is not None
-    return call.cost(
+    products = {
+        "query x key": Gemm(batch=rows, m=queries, n=keys, k=query.shape[-1]),
+        "probabilities x value": Gemm(batch=rows, m=queries, n=attention.value.shape[-1], k=keys),
+    }
+    flops = {
+        "scale query": query.numel,
+        "scale key": key_elements,
+        "add mask": pairs * masked,
+        "softmax": 4 * pairs,
+        "masked": pairs,
+        "zero masked rows": pairs,
+    }
+    cost = call.cost(
         matmul={computed: pairs * 2 * (query.shape[-1] + attention.value.shape[-1])},
         vector={computed: query.numel + key_elements + pairs * (6 + masked)},
         special=pairs,
+        gemms=tuple(products.values()),
         scratch_read=_scratch_read(steps),
         scratch_written=_scratch_written(steps),
         backend=backend.name,
         note="; ".join(filter(None, (backend.reason, "computed in float32" if upcast else ""))),
     )
+    parts: dict[str, Cost] = {}
+    for step in steps:
+        product, vector = products.get(step.name), flops.pop(step.name, 0)
+        if step.name in parts:
+            continue
+        parts[step.name] = Cost(
+            matmul={computed: 2.0 * product.batch * product.m * product.n * product.k} if product else {},
+            vector={computed: float(vector)} if vector else {},
+            special=pairs if step.name == "softmax" else 0,
+            gemms=(product,) if product else (),
+        )
+    if flops.keys() & {"scale query", "softmax"}:  # Metal's steps are fewer: what others do is done between products
+        return replace(cost, parts=())
+    return _in_parts(call, cost, steps, parts)
 
 
 def _splits_float32(backend: BackendName, dtype: str, gpu: Gpu) -> bool:
@@ -265,6 +294,30 @@ def _scratch_read(steps: tuple[Step, ...]) -> int:
 
 def _scratch_written(steps: tuple[Step, ...]) -> int:
     return sum(t.touched_bytes for step in steps for t in step.writes if t.storage == SCRATCH)
+
+
+def _in_parts(call: Call, cost: Cost, steps: tuple[Step, ...], work: Mapping[str, Cost]) -> Cost:
+    """The cost as the kernels of several steps, each with the work of its name."""
+    if len(steps) == 1:
+        return cost
+    unread: dict[tuple[int, int], Access] = {}
+    for access in cost.traffic:
+        if access.read:
+            tensor = call.graph.tensors[access.tensor]
+            unread[tensor.storage, tensor.offset] = access
+    results = tuple(access for access in cost.traffic if access.written)
+    left = dict(work)
+    parts: list[Part] = []
+    for step in steps:
+        operands = [unread.pop((t.storage, t.offset), None) for t in step.reads if t.storage != SCRATCH]
+        part = replace(
+            left.pop(step.name, Cost()),
+            traffic=(*filter(None, operands), *(results if step is steps[-1] else ())),
+            scratch_read=_scratch_read((step,)),
+            scratch_written=_scratch_written((step,)),
+        )
+        parts.append(Part(name=step.name, cost=part))
+    return replace(cost, parts=tuple(parts))
 
 
 def _without_statistics(call: Call, cost: Cost) -> Cost:

@@ -250,7 +250,7 @@ class _Kernels:
 
     def matmul(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         batch = broadcast_shape(left.shape[:-2], right.shape[:-2])
-        left, right = (self._folded(name, _expand(tensor, batch)) for tensor in (left, right))
+        left, right = (self._folded(name, expanded(tensor, batch)) for tensor in (left, right))
         return self.run(name, (left, right), _scratch((*batch, left.shape[-2], right.shape[-1]), left.dtype))
 
     def softmax(self, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -268,7 +268,7 @@ class _Kernels:
         return (*steps, replace(last, writes=tuple(replace(t, storage=RESULT) for t in last.writes)))
 
     def _folded(self, name: str, operand: Tensor) -> Tensor:
-        if _folds(operand.shape[:-2], operand.stride[:-2]):
+        if folds(operand.shape[:-2], operand.stride[:-2]):
             return operand
         return self.contiguous(f"copy for {name}", operand)
 
@@ -300,18 +300,19 @@ def transposed(tensor: Tensor, one: int, other: int) -> Tensor:
     return replace(tensor, shape=tuple(shape), stride=tuple(stride))
 
 
-def _expand(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:
+def expanded(tensor: Tensor, batch: tuple[int, ...]) -> Tensor:
+    """The view with its batch dimensions broadcast: a matrix (..., m, n) to (*batch, m, n)."""
     missing = len(batch) + 2 - len(tensor.shape)
     shape = (1,) * missing + tensor.shape
     stride = (0,) * missing + tensor.stride
-    expanded = tuple(
+    steps = tuple(
         0 if size == 1 and wanted != 1 else step
         for size, step, wanted in zip(shape[:-2], stride[:-2], batch, strict=True)
     )
-    return replace(tensor, shape=(*batch, *shape[-2:]), stride=(*expanded, *stride[-2:]))
+    return replace(tensor, shape=(*batch, *shape[-2:]), stride=(*steps, *stride[-2:]))
 
 
-def _folds(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def folds(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """True when several dimensions can be seen as one of a single stride."""
     real = [(size, step) for size, step in zip(shape, stride, strict=True) if size != 1]
     return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(real))

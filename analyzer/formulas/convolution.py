@@ -3,14 +3,16 @@
 Multiply-adds are result positions x filter size x input channels of a group, zeros of the padding included;
 for a transposed convolution every input position meets every filter element instead. This is the count of
 torch.utils.flop_counter. A complex convolution is three real ones. A bias is one vector FLOP per result
-element. cuDNN rounds float32 operands to TF32 by default (torch.backends.cudnn.allow_tf32).
+element, in a kernel of its own where cuDNN convolves. cuDNN rounds float32 operands to TF32 by default
+(torch.backends.cudnn.allow_tf32).
 """
 
 from math import prod
 
-from ..cost import Call, Cost, formula
+from ..cost import Call, Cost, Gemm, formula
 from ..graph import Tensor
 from .arithmetic import is_complex, multiply_adds, reach, vector
+from .parts import in_parts
 
 
 @formula(
@@ -33,12 +35,14 @@ def convolution(call: Call) -> Cost:
         return conv_transpose(call)
     source, weight, out = _source(call), call.tensor("weight"), call.output
     relu = out.numel * sum(word in call.op.target for word in ("_relu", "_add_relu"))
-    return call.cost(
+    cost = call.cost(
         matmul=_products(source, out.numel * prod(weight.shape[1:])),
         vector=vector(out.dtype, (out.numel if call.optional("bias") else 0) + relu),
         reads={_source_name(call): reach(call, source, _elements_met(source, weight, out))},
         tf32=source.dtype == "float32",
+        gemms=_as_gemms(call, weight, out),
     )
+    return in_parts(call, cost, {}, bias="bias") if _adds_bias_apart(call, weight) else cost
 
 
 @formula(
@@ -67,6 +71,21 @@ def conv_tbc(call: Call) -> Cost:
         vector=vector(out.dtype, out.numel),
         tf32=source.dtype == "float32",
     )
+
+
+def _adds_bias_apart(call: Call, weight: Tensor) -> bool:
+    # aten/src/ATen/native/Convolution.cpp: after cudnn_convolution, output.add_(bias); depthwise kernels take it
+    depthwise = weight.shape[1] == 1 and call.integer("groups", 1) > 1
+    return call.gpu.vendor == "nvidia" and call.optional("bias") is not None and not depthwise
+
+
+def _as_gemms(call: Call, weight: Tensor, out: Tensor) -> tuple[Gemm, ...]:
+    # implicit GEMM: output positions x output channels of a group, over the filter
+    groups, channels = call.integer("groups", 1), weight.shape[0]
+    if not out.numel or not weight.numel or is_complex(out.dtype):
+        return ()
+    positions = out.numel // channels
+    return (Gemm(batch=groups, m=positions, n=channels // groups, k=prod(weight.shape[1:])),)
 
 
 def _products(source: Tensor, count: int) -> dict[str, float]:

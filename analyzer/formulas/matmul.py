@@ -3,23 +3,40 @@
 A product of an (m, k) by a (k, n) matrix is m * n * k multiply-adds of 2 FLOPs each, as in
 torch.utils.flop_counter, which however gives 0 for matrix-vector and dot products. Bias adds and the `alpha`
 and `beta` of the addmm family are vector FLOPs, one per result element. An operand broadcast over a batch
-(stride 0) is read once. Eager `matmul` may first copy operands whose batch dimensions cannot be merged; that
-is not counted.
+(stride 0) is read once. `matmul` makes one batch dimension of several, and first copies operands of which that cannot
+be a view: ATen's `_matmul_impl` and `should_fold` (aten/src/ATen/native/LinearAlgebra.cpp).
 """
 
 from math import prod
 
-from ..cost import Call, Cost, formula, unpriced
-from ..graph import Tensor
+from ..cost import Call, Cost, Gemm, formula, operator_name, unpriced
+from ..graph import Role, Tensor, TensorRef
 from .arithmetic import broadcast, is_complex, item_bytes, multiply_adds, number, vector
+from .attention_kernels import broadcast_shape, expanded, folds
+from .parts import in_parts, tensor_index
 
 
 @formula("aten.linear")
 def linear(call: Call) -> Cost:
-    """The product input @ weight.T, plus bias: result elements x in_features multiply-adds."""
-    source, out = call.tensor("input"), call.output
+    """The product input @ weight.T, plus bias: result elements x in_features multiply-adds.
+
+    A non-contiguous input of three dimensions or more is taken as `matmul` does, and its bias is a kernel of its own.
+    """
+    source, weight, out = call.tensor("input"), call.tensor("weight"), call.output
     bias = out.numel if call.optional("bias") else 0
-    return call.cost(matmul=multiply_adds(source.dtype, out.numel * source.shape[-1]), vector=vector(out.dtype, bias))
+    inner = source.shape[-1]
+    columns = weight.shape[0] if len(weight.shape) > 1 else 1
+    cost = call.cost(
+        matmul=multiply_adds(source.dtype, out.numel * inner),
+        vector=vector(out.dtype, bias),
+        gemms=_gemms(1, out.numel // max(columns, 1), columns, inner),
+    )
+    if len(source.shape) <= _MATRIX or _is_contiguous(source):
+        return cost
+    views = folds(source.shape[:-1], source.stride[:-1])
+    trained = call.graph.role(tensor_index(call, "weight")) is Role.WEIGHT
+    copies = not views if trained else not folds(source.shape[:-2], source.stride[:-2])
+    return in_parts(call, cost, {"input": source.nbytes} if copies else {}, bias="bias" if bias else "")
 
 
 @formula(
@@ -35,8 +52,19 @@ def linear(call: Call) -> Cost:
 def matmul(call: Call) -> Cost:
     """Products over the last dimension of the first operand: result elements x k multiply-adds, any rank."""
     left = call.tensor("self")
+    right = next(t for name in ("mat2", "other", "tensor", "vec") if (t := call.optional(name)) is not None)
     inner = left.shape[-1] if left.shape else 1
-    return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * inner))
+    columns = right.shape[-1] if len(right.shape) > 1 else 1
+    rows = left.shape[-2] if len(left.shape) > 1 else 1
+    batch = call.output.numel // max(rows * columns, 1)
+    if len(right.shape) <= _MATRIX:
+        batch, rows = 1, batch * rows
+    cost = call.cost(
+        matmul=multiply_adds(left.dtype, call.output.numel * inner), gemms=_gemms(batch, rows, columns, inner)
+    )
+    if operator_name(call.op.target) not in ("aten.matmul", "aten.linalg_matmul"):
+        return cost
+    return in_parts(call, cost, _copied(call, left, right))
 
 
 @formula("aten.addmm", "aten._addmm_activation")
@@ -218,8 +246,39 @@ def einsum(call: Call) -> Cost:
     )
 
 
+_MATRIX = 2
+
+
+def _gemms(batch: int, m: int, n: int, k: int) -> tuple[Gemm, ...]:
+    return (Gemm(batch=batch, m=m, n=n, k=k),) if batch and m and n and k else ()
+
+
+def _copied(call: Call, left: Tensor, right: Tensor) -> dict[str, int]:
+    """Bytes of the copies that `matmul` makes of its operands, by argument."""
+    large, small, name = (left, right, "self") if len(left.shape) >= len(right.shape) else (right, left, "other")
+    if len(large.shape) <= _MATRIX:
+        return {}
+    if len(small.shape) <= _MATRIX:
+        other = call.op.args["other" if name == "self" else "self"]
+        trained = isinstance(other, TensorRef) and call.graph.role(other.tensor) is Role.WEIGHT
+        views = folds(large.shape[:-1], large.stride[:-1])
+        if trained or (name == "self" and views):
+            return {} if views else {name: large.nbytes}
+        return {} if folds(large.shape[:-2], large.stride[:-2]) else {name: large.nbytes}
+    batch = broadcast_shape(left.shape[:-2], right.shape[:-2])
+    wide = {"self": expanded(left, batch), "other": expanded(right, batch)}
+    return {n: t.nbytes for n, t in wide.items() if not folds(t.shape[:-2], t.stride[:-2])}
+
+
+def _is_contiguous(tensor: Tensor) -> bool:
+    real = [step for size, step in zip(tensor.shape, tensor.stride, strict=True) if size != 1]
+    return folds(tensor.shape, tensor.stride) and (not real or real[-1] == 1)
+
+
 def _accumulated(call: Call, operand: str, results: int, special: float = 0.0, flops: float = 0.0) -> Cost:
     left, out = call.tensor(operand), call.output
+    columns = out.shape[-1] if len(left.shape) > 1 and len(out.shape) > 1 else 1
+    batch = left.shape[0] if len(left.shape) > _MATRIX else 1
     alpha, beta = number(call, "alpha", 1), number(call, "beta", 1)
     scales = (alpha != 1) + (beta not in (0, 1))
     return call.cost(
@@ -227,6 +286,7 @@ def _accumulated(call: Call, operand: str, results: int, special: float = 0.0, f
         vector=vector(out.dtype, out.numel * ((beta != 0) + scales) + flops),
         special=special,
         reads={"self": 0} if beta == 0 else None,
+        gemms=_gemms(batch, left.shape[-2], columns, left.shape[-1]) if len(left.shape) > 1 else (),
     )
 
 

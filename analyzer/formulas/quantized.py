@@ -8,7 +8,7 @@ and int8. The ops of `fxroof` are those that quantised transformers models are t
 from ..cost import Call, Cost, formula
 from ..graph import Tensor
 from .arithmetic import item_bytes, multiply_adds, vector
-from .moe import experts_read
+from .moe import experts_read, own_bytes, own_rows
 
 
 @formula("aten._int_mm")
@@ -164,17 +164,23 @@ def grouped_linear(call: Call) -> Cost:
     """Rows sorted by expert times packed matrices: fp8 by fp8, quantising as it loads, or widened in registers."""
     left, weight, out = call.tensor("x"), call.tensor("weight"), call.output
     rows, inner = left.shape[0], left.shape[-1]
+    own = own_rows(call, rows)
+    results = own * out.shape[-1]
     if weight.dtype.startswith("float8"):
         scales = call.tensor("scales")
         multiplied, groups = weight.dtype, scales.shape[-1]
-        work = vector(left.dtype, 4 * left.numel + 2 * groups * out.numel)
+        work = vector(left.dtype, 4 * own * inner + 2 * groups * results)
     else:
         experts = weight.shape[0]
         used = experts_read(call, weight, rows)[0] * experts // max(weight.touched_bytes, 1)
         multiplied, work = left.dtype, {left.dtype: 2.0 * used * inner * out.shape[-1]}
     reads, expected = _read_of_experts(call, ("weight", "scales", "zeros"), rows)
     return call.cost(
-        matmul=multiply_adds(multiplied, out.numel * inner), vector=work, reads=reads, expected_reads=expected
+        matmul=multiply_adds(multiplied, results * inner),
+        vector=work,
+        reads=reads | {"x": own_bytes(call, left)},
+        writes=own_bytes(call, out),
+        expected_reads=expected,
     )
 
 
@@ -192,8 +198,11 @@ def experts_gate_up_mxfp4(call: Call) -> Cost:
     Clamped SwiGLU is 9 FLOPs and an exponential; a weight is widened with 1 FLOP.
     """
     out = call.output
-    both = 2 * out.numel
-    return _mxfp4(call, rows=out.shape[0], results=both, extra=both + 9 * out.numel, special=out.numel)
+    made = own_rows(call, out.shape[0]) * out.shape[-1]
+    both = 2 * made
+    return _mxfp4(
+        call, rows=out.shape[0], results=both, extra=both + 9 * made, special=made, writes=own_bytes(call, out)
+    )
 
 
 @formula("fxroof.experts_down_mxfp4")
@@ -201,19 +210,31 @@ def experts_down_mxfp4(call: Call) -> Cost:
     """Results are biased and weighted, written an expert each, then read back and summed by row."""
     left, out, experts = call.tensor("x"), call.output, call.tensor("experts")
     rows = left.shape[0]
-    results = rows * out.shape[-1]
+    results = own_rows(call, rows) * out.shape[-1]
     between = results * item_bytes(out) if experts.shape[-1] > 1 else 0
     return _mxfp4(call, rows=rows, results=results, extra=3 * results, between=between)
 
 
-def _mxfp4(call: Call, *, rows: int, results: int, extra: int, special: int = 0, between: int = 0) -> Cost:
+def _mxfp4(
+    call: Call,
+    *,
+    rows: int,
+    results: int,
+    extra: int,
+    special: int = 0,
+    between: int = 0,
+    writes: int | None = None,
+) -> Cost:
     left = call.tensor("x")
     reads, expected = _read_of_experts(call, ("weight", "scales", "bias"), rows)
+    if left.shape[0] == rows:
+        reads["x"] = own_bytes(call, left)
     return call.cost(
         matmul=multiply_adds(left.dtype, results * left.shape[-1]),
         vector=_work({left.dtype: 2.0 * reads["weight"]}, vector(left.dtype, extra)),
         special=special,
         reads=reads,
+        writes=writes,
         expected_reads=expected,
         scratch_read=between,
         scratch_written=between,

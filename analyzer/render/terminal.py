@@ -1,6 +1,6 @@
 """The report for people: what limits each phase, and which lines of the user's file the time goes to."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from string import ascii_letters
 
 from rich.text import Text
@@ -20,10 +20,11 @@ _STYLES = {
     Bound.MEMORY: "cyan",
     Bound.COMPUTE: "yellow",
     Bound.SPECIAL: "magenta",
+    Bound.LINK: "blue",
     Bound.LATENCY: "red",
     Bound.FREE: "dim",
 }
-_FILLS = {Bound.MEMORY: "█", Bound.COMPUTE: "▒", Bound.SPECIAL: "░", Bound.LATENCY: "·"}
+_FILLS = {Bound.MEMORY: "█", Bound.COMPUTE: "▒", Bound.SPECIAL: "░", Bound.LINK: "▚", Bound.LATENCY: "▪"}
 _MEANING = {
     "prefill": "the whole prompt at once, the time to first token (TTFT)",
     "decode": "one new token a sequence, the time per output token (TPOT)",
@@ -63,10 +64,19 @@ def _size(model: ModelInfo) -> Iterator[str]:
     else:
         stored = "".join(map(clean, names))
     yield f"{units.byte_count(model.parameter_bytes)} of weights" + (f" in {stored}" if stored else "")
+    if model.parameter_bytes_per_gpu is not None:
+        yield f"{units.byte_count(model.parameter_bytes_per_gpu)} a GPU"
 
 
 def _scenario(scenario: Scenario, report: Report) -> Iterator[str]:
     yield f"batch {scenario.batch_size:,}"
+    if scenario.gpus > 1:
+        shares = {"tensors": scenario.tp, "experts": scenario.ep}
+        yield f"{scenario.gpus:,} GPUs share " + " and ".join(name for name, n in shares.items() if n > 1)
+    if scenario.prefix_len:
+        yield f"{scenario.prefix_len:,} of the prompt cached"
+    if scenario.prompt_turns > 1:
+        yield f"prefill in {scenario.prompt_turns:,} chunks"
     if {"prefill", "decode"} & {phase.name for run in report.runs for phase in run.phases}:
         if scenario.source_len:
             yield f"{scenario.source_len:,} encoder positions"
@@ -85,7 +95,7 @@ def _failures(report: Report, width: int) -> Iterator[Text]:
 
 
 def _comparison(report: Report, width: int) -> Iterator[Text]:
-    yield title("GPUs compared, each phase at its bound", width, heavy=True)
+    yield title("GPUs compared, each phase at its bound and as estimated", width, heavy=True)
     rows = [
         (phase, run)
         for name in dict.fromkeys(p.name for run in report.runs for p in run.phases)
@@ -112,6 +122,7 @@ def _comparison(report: Report, width: int) -> Iterator[Text]:
             drop=2,
         ),
         Column(header="floor", cells=[units.seconds(p.seconds.floor) for p, _ in rows], right=True, drop=4),
+        Column(header="estimate", cells=[units.seconds(p.seconds.estimate) for p, _ in rows], right=True),
         Column(header="tokens/s", cells=[_throughput(p, run) for p, run in rows], right=True, drop=1),
         Column(header="class", cells=[_class(p.bound) for p, _ in rows]),
         Column(header="MFU", cells=[units.percent(p.mfu) for p, _ in rows], right=True, drop=6),
@@ -125,6 +136,7 @@ def _run(run: Run, options: Options) -> Iterator[Text]:
     yield title(f"{clean(run.gpu.key)}  {clean(run.gpu.name)}", options.width, heavy=True)
     yield from fact("peaks", _peaks(run), options.width)
     yield from _memory(run, options.width)
+    yield from _serving(run, options.width)
     yield from fact("note", [clean(run.gpu.note)] if run.gpu.note else [], options.width)
     yield Text()
     for phase in run.phases:
@@ -157,6 +169,45 @@ def _memory(run: Run, width: int) -> Iterator[Text]:
     yield from fact("", _limits(memory, run.scenario), width)
 
 
+def _serving(run: Run, width: int) -> Iterator[Text]:
+    served, scenario = run.serving, run.scenario
+    if served is None:
+        return
+    batch, gpus = scenario.batch_size, scenario.gpus
+    rows = {
+        "TTFT": (served.ttft, units.seconds),
+        "TPOT": (served.tpot, units.seconds),
+        "request": (served.request, units.seconds),
+        "tokens/s per user": (served.tokens_per_second_per_user, units.per_second),
+        "tokens/s per GPU": (served.tokens_per_second_per_gpu if batch > 1 or gpus > 1 else None, units.per_second),
+    }
+    shown = [(name, times, unit) for name, (times, unit) in rows.items() if times]
+    execution = next((phase.execution for phase in run.phases), "")
+    yield from fact("serving", [Text(f"{execution:<18}{'floor':>10}{'bound':>10}{'estimate':>10}", style="dim")], width)
+    for name, times, unit in shown:
+        values = "".join(f"{unit(value):>10}" for value in (times.floor, times.bound, times.estimate))
+        yield from fact("", [f"{name:<18}{values}"], width)
+    yield from fact("", _definitions(run), width)
+    if served.weights_bound_batch:
+        after = {"kv_cache": "the KV cache is read longer", "compute": "arithmetic takes longer"}
+        until = after[served.weights_bound_until]
+        yield from fact(
+            "", [f"weights set the pace of decode up to batch {served.weights_bound_batch:,}; then {until}"], width
+        )
+
+
+def _definitions(run: Run) -> Iterator[str]:
+    served, scenario = run.serving, run.scenario
+    turns = max((phase.turns for phase in run.phases), default=1)
+    encoder = "encoder + " if any(phase.name == "encoder" for phase in run.phases) else ""
+    if served and served.ttft:
+        yield f"TTFT = {encoder}{f'{turns:,} × ' if turns > 1 else ''}prefill"
+    if served and served.tpot:
+        yield f"TPOT = decode step at context {scenario.context_len:,}"
+    if served and served.request:
+        yield f"request = TTFT + {max(scenario.output_len - 1, 0):,} × TPOT"
+
+
 def _verdict(memory: Memory) -> Iterator[Cell]:
     needed = units.byte_count(memory.total_bytes)
     if memory.usable_bytes is None or memory.headroom_bytes is None:
@@ -187,6 +238,12 @@ def _fit(memory: Memory | None) -> Cell:
 
 def _phase(phase: PhaseAnalysis, run: Run, options: Options) -> Iterator[Text]:
     meaning = _MEANING.get(phase.name)
+    if phase.turns > 1:
+        meaning = (
+            f"the mean one of {phase.turns:,} chunks of the prompt, which together are the time to first token (TTFT)"
+        )
+    elif phase.name == "prefill" and run.scenario.prefix_len:
+        meaning = "what of the prompt is not cached, the time to first token (TTFT)"
     yield title(f"{clean(phase.name)} · {meaning}" if meaning else clean(phase.name), options.width)
     rows = hotspots(phase, options.by)
     marks = dict(zip(rows[: options.top], ascii_letters[26:] + ascii_letters[:26], strict=False))
@@ -195,37 +252,55 @@ def _phase(phase: PhaseAnalysis, run: Run, options: Options) -> Iterator[Text]:
     drawing = _picture(phase, run, marks, options, options.width - _FACTS_WIDTH - 4 if wide else options.width)
     yield from beside(facts, drawing, _FACTS_WIDTH + 4) if wide else [*facts, Text(), *drawing]
     yield Text()
-    yield from _hotspot_table(rows, marks, options)
+    yield from _hotspot_table(rows, marks, options, compiled=phase.execution == "compiled")
 
 
 def _facts(phase: PhaseAnalysis, run: Run, width: int) -> Iterator[Text]:
-    bound = Text(units.seconds(phase.seconds.bound), style="bold")
-    yield from fact(
-        "bound", [bound, *_speed(phase, run), "no run of these kernels from device memory is faster"], width
-    )
+    yield from fact("time", [_TIME_COLUMNS], width)
+    for name in ("eager", "compiled"):
+        yield from fact("", [_execution(phase, name)], width)
+    yield from fact("speed", _speed(phase, run), width)
     yield from fact("floor", _floor(phase), width)
-    yield from fact("", _floor_parts(phase), width)
-    yield from fact("class", _shares(phase), width)
+    yield from fact("bound", _shares(phase.bound_share), width)
+    chosen = phase.executions.of(phase.execution)
+    yield from fact("estimate", _shares(chosen.estimate_share), width)
     yield from fact("FLOPs", _work(phase), width)
     yield from fact("bytes", _traffic(phase), width)
     yield from fact("intensity", [_side(phase)], width)
-    used = [
-        f"MFU {units.percent(phase.mfu)} of the matmul peak",
-        f"MBU {units.percent(phase.mbu)} of the bandwidth",
-    ]
-    yield from fact("at bound", used, width)
+    yield from fact("used", _used(phase), width)
+
+
+_TIME_COLUMNS = Text(f"{'':<10}{'floor':>10}{'bound':>10}{'estimate':>10}{'kernels':>9}", style="dim")
+
+
+def _execution(phase: PhaseAnalysis, name: str) -> Text:
+    """One way of running the phase; the one that the rest is about in bold."""
+    execution = phase.executions.of(name)
+    launches = sum(1 for _ in execution.kernels)
+    times = "".join(
+        f"{units.seconds(value):>10}" for value in (phase.seconds.floor, execution.bound, execution.estimate)
+    )
+    return Text(f"{name:<10}{times}{launches:>9,}", style="bold" if name == phase.execution else "")
+
+
+def _used(phase: PhaseAnalysis) -> Iterator[str]:
+    yield f"MFU {units.percent(phase.mfu)} at the bound, {units.percent(phase.mfu_estimate)} in the estimate"
+    yield f"MBU {units.percent(phase.mbu)} and {units.percent(phase.mbu_estimate)}"
 
 
 def _speed(phase: PhaseAnalysis, run: Run) -> Iterator[str]:
-    if phase.name == "decode" and phase.seconds.bound:
-        yield f"{_throughput(phase, run)} tokens/s"
-        if run.scenario.batch_size > 1:
-            yield f"{units.per_second(1 / phase.seconds.bound)} tokens/s per user"
+    bound, estimate = phase.seconds.bound, phase.seconds.estimate
+    if not bound or not estimate:
+        return
+    if phase.name == "decode":
+        noun, count = "tokens/s", run.scenario.batch_size
     elif phase.tokens:
-        noun = "positions" if phase.name == "encoder" else "prompt tokens"
-        yield f"{_throughput(phase, run)} {noun}/s"
-    elif phase.seconds.bound:
-        yield f"{units.per_second(1 / phase.seconds.bound)} passes/s"
+        noun, count = ("positions/s" if phase.name == "encoder" else "prompt tokens/s"), phase.tokens
+    else:
+        noun, count = "passes/s", 1
+    yield f"at most {units.per_second(count / bound)} {noun}, likely {units.per_second(count / estimate)}"
+    if phase.name == "decode" and count > 1:
+        yield f"per user {units.per_second(1 / bound)}, likely {units.per_second(1 / estimate)}"
 
 
 def _throughput(phase: PhaseAnalysis, run: Run) -> str:
@@ -237,13 +312,6 @@ def _throughput(phase: PhaseAnalysis, run: Run) -> str:
 
 
 def _floor(phase: PhaseAnalysis) -> Iterator[str]:
-    yield units.seconds(phase.seconds.floor)
-    if phase.seconds.floor:
-        yield f"bound = {units.ratio(phase.seconds.bound / phase.seconds.floor)} floor"
-    yield "no implementation is faster"
-
-
-def _floor_parts(phase: PhaseAnalysis) -> Iterator[str]:
     floor = phase.floor
     moved = {
         "weights": floor.weight_bytes,
@@ -256,14 +324,16 @@ def _floor_parts(phase: PhaseAnalysis) -> Iterator[str]:
         f"{name} {units.byte_count(n)}" for name, n in moved.items() if n >= max(moved.values()) / 1000 and n
     )
     kept = f" − {units.byte_count(floor.kept_on_chip_bytes)} on chip" if floor.kept_on_chip_bytes else ""
+    if phase.seconds.floor:
+        yield f"bound = {units.ratio(phase.seconds.bound / phase.seconds.floor)} floor"
     yield f"matmuls {units.seconds(floor.compute_seconds)}"
     yield f"memory {units.seconds(floor.memory_seconds)}" + (f" = {listed}{kept}" if listed else "")
 
 
-def _shares(phase: PhaseAnalysis) -> Iterator[Text]:
-    for name, share in sorted(phase.bound_share.items(), key=lambda item: -item[1]):
+def _shares(shares: Mapping[str, float]) -> Iterator[Text]:
+    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
         bound = Bound(name)
-        text = Text(_FILLS.get(bound, "·") * max(round(share * 20), 1), style=_STYLES[bound])
+        text = Text(_FILLS.get(bound, "▪") * max(round(share * 20), 1), style=_STYLES[bound])
         yield text.append(f" {name} {units.percent(share)}", style="default")
 
 
@@ -331,7 +401,9 @@ def _listed(marks: Sequence[str]) -> str:
     return ", ".join(marks)
 
 
-def _hotspot_table(rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: Options) -> Iterator[Text]:
+def _hotspot_table(
+    rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: Options, *, compiled: bool
+) -> Iterator[Text]:
     shown = list(rows[: options.top])
     rest = rows[options.top :]
     unit, factor = _time_unit(shown)
@@ -346,6 +418,7 @@ def _hotspot_table(rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: 
         intensity=0.0,
         bound=Bound.FREE,
         seconds=sum(row.seconds for row in rest),
+        estimate=sum(row.estimate for row in rest),
         share=sum(row.share for row in rest),
         place="",
     )
@@ -388,14 +461,22 @@ def _hotspot_table(rows: Sequence[Hotspot], marks: dict[Hotspot, str], options: 
         ),
         Column(header="share", cells=[dimmed(r, units.percent(r.share)) for r in listed], right=True),
         Column(
+            header="likely",
+            cells=[dimmed(r, _fixed(r.estimate * factor, shown, factor)) for r in listed],
+            right=True,
+            drop=3,
+        ),
+        Column(
             header="where",
             cells=[Text(clean(row.place), style="dim") for row in listed],
             least=18,
             keep="line",
         ),
     ]
-    what = "ops of one source line, layers folded" if options.by == "op" else "ops of one module, layers folded"
-    yield from fact("", [f"hotspots: {what}", "totals over × calls", "FLOPs as executed"], options.width, label_width=0)
+    unit_of = "kernels" if compiled else "ops"
+    what = f"{unit_of} of one {'source line' if options.by == 'op' else 'module'}, layers folded"
+    notes = [f"hotspots: {what}", "totals over × calls", "FLOPs as executed", f"{unit} and share: of the bound"]
+    yield from fact("", notes, options.width, label_width=0)
     yield from table(columns, options.width)
 
 
@@ -438,6 +519,19 @@ def _caveats(report: Report, width: int) -> Iterator[Text]:
         width,
     )
     yield from bullets(report.model.notes, width)
+    for run in report.runs:
+        yield from fact("reached", [f"on {clean(run.gpu.key)}, for the estimate"], width)
+        yield from bullets(_reached(run), width)
+
+
+def _reached(run: Run) -> Iterator[str]:
+    """The figures that make estimates of bounds, those for other dtypes left out."""
+    used = {phase.matmul_path.rpartition(" ")[2] for phase in run.phases}
+    for figure in run.derating:
+        dtype = figure.name.removesuffix(" products").rpartition(" ")[2]
+        if not figure.name.endswith("products") or dtype in used:
+            value = units.scaled(figure.value, figure.unit) if figure.unit else units.digits(figure.value, trim=True)
+            yield f"{figure.name}: {value} ({figure.source})"
 
 
 def _coverage(coverage: Coverage, width: int) -> Iterator[Text]:

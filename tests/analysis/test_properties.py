@@ -19,6 +19,7 @@ from torch import nn
 H100 = load("h100_sxm").gpu
 GPUS = {gpu.key: gpu for gpu in all_gpus()}
 SMALL = ("mymodel", "gptfast", "moe", "vit", "resnet18", "qwen3-8b", "mixtral-8x7b", "gemma-2-9b")
+ON_ALL_GPUS = ("mymodel", "moe", "resnet18", "qwen3-8b")
 
 
 @functools.cache
@@ -27,13 +28,20 @@ def phases(name: str, gpu: str = "h100_sxm", scenario: Scenario | None = None) -
     return {phase: analyze_phase(graph, GPUS[gpu])[0] for phase, graph in model.graphs.items()}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ON_ALL_GPUS)
 @pytest.mark.parametrize("gpu", sorted(GPUS))
 def test_floor_is_never_above_bound_and_shares_never_above_one(name: str, gpu: str) -> None:
     for phase in phases(name, gpu).values():
         assert 0 <= phase.seconds.floor <= phase.seconds.bound
         assert 0 <= phase.mfu <= 1
         assert 0 <= phase.mbu <= 1
+        assert phase.mfu_estimate <= phase.mfu
+        assert phase.executions.compiled.bound >= phase.seconds.floor * (1 - 1e-9)
+        for execution in (phase.executions.eager, phase.executions.compiled):
+            assert execution.bound <= execution.estimate
+            assert sum(execution.estimate_share.values()) == pytest.approx(1)
+            assert sum(k.seconds.estimate for k in execution.kernels) == pytest.approx(execution.estimate)
+            assert execution.bytes_hbm <= execution.bytes_l2 * (1 + 1e-9)
         assert sum(phase.bound_share.values()) == pytest.approx(1)
 
 

@@ -81,7 +81,9 @@ def test_6_the_floor_does_not_move_with_a_few_more_sequences_or_with_more_flops(
     assert few.seconds.floor == pytest.approx(alone.seconds.floor, rel=1e-3)
     faster = dataclasses.replace(H100, tensor={k: 2 * v for k, v in H100.tensor.items()})
     graph = traced("llama-3-8b").graphs["decode"]
-    assert analyze_phase(graph, faster)[0].seconds == analyze_phase(graph, H100)[0].seconds
+    before, after = analyze_phase(graph, H100)[0].seconds, analyze_phase(graph, faster)[0].seconds
+    assert after.floor == before.floor
+    assert after.bound == pytest.approx(before.bound, rel=1e-4)
     for phase in (alone, few, dense(7, "h100_sxm", batch_size=4096)):
         assert phase.seconds.floor == max(phase.floor.memory_seconds, phase.floor.compute_seconds)
         for op in phase.ops:
@@ -212,8 +214,9 @@ def test_19_an_h100_decodes_as_much_faster_than_an_a100_as_its_memory_is() -> No
 def test_24_a_unified_memory_of_800_gb_per_second_decodes_like_a_card_of_that_bandwidth() -> None:
     graph = traced("llama-3-8b", Scenario()).graphs["decode"]
     card = load("rtx_3090").gpu  # 936 GB/s
-    ratio = analyze_phase(graph, M2_ULTRA)[0].seconds.bound / analyze_phase(graph, card)[0].seconds.bound
-    assert ratio == pytest.approx(936 / 800, rel=0.1)
+    unified, discrete = (analyze_phase(graph, gpu)[0].seconds for gpu in (M2_ULTRA, card))
+    assert unified.floor / discrete.floor == pytest.approx(936 / 800, rel=0.01)
+    assert unified.bound / discrete.bound < 1.5, "no L2 is published for it, and Metal repeats the KV heads"
 
 
 def test_two_8b_layers_in_decode_cost_what_runs_not_what_export_invents() -> None:

@@ -260,7 +260,7 @@ def test_a_file_that_gives_no_model_exits_2(content, message, tmp_path):
     ("content", "message"),
     [
         ('{"schema_version": 99, "graphs": {}}', "schema version 99"),
-        ('{"schema_version": 1, "graphs": {}}', "damaged report"),
+        ('{"schema_version": 2, "graphs": {}}', "damaged report"),
         ('{"schema_version": 1}', "not an fxroof report"),
     ],
 )
@@ -365,7 +365,7 @@ def test_by_top_and_format_apply_to_saved_reports(sample_file):
     assert "5 operators" not in fxroof("analyze", sample_file).stdout
     assert "2 operators" in fxroof("analyze", sample_file, "--by", "module").stdout
     assert " other ops" in fxroof("analyze", sample_file, "--top", "2").stdout
-    assert json.loads(fxroof("analyze", sample_file, "-f", "json").stdout)["schema_version"] == 1
+    assert json.loads(fxroof("analyze", sample_file, "-f", "json").stdout)["schema_version"] == 2
 
 
 def test_completion_of_gpu_names():

@@ -7,10 +7,14 @@ import torch
 from fxroof.analyzer.cost import Cost, bytes_by_role
 from fxroof.analyzer.graph import Arg, Graph, Op, Role, Storage, Tensor, TensorRef
 from fxroof.analyzer.pricing import price
+from fxroof.hardware.catalog import load
 from fxroof.hardware.gpu import Gpu
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
+
+MI300X = load("mi300x").gpu
+"""A part on which a convolution adds its bias itself: what one op moves is what one kernel moves."""
 
 
 class OneOp:
@@ -59,16 +63,16 @@ def graph_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> Graph:
     return Graph(phase="forward", tokens=tokens, storages=tuple(seen.sizes), tensors=tuple(seen.tensors), ops=(op,))
 
 
-def cost_of(target: Any, *args: Any, tokens: int = 0, gpu: Gpu | None = None, **kwargs: Any) -> Cost:
+def cost_of(target: Any, *args: Any, tokens: int = 0, gpu: Gpu = MI300X, **kwargs: Any) -> Cost:
     """The cost of calling an ATen overload; few formulas ask for the GPU."""
-    (cost,) = price(graph_of(target, *args, tokens=tokens, **kwargs), gpu)  # type: ignore[arg-type]
+    (cost,) = price(graph_of(target, *args, tokens=tokens, **kwargs), gpu)
     return cost
 
 
 def traffic_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> tuple[int, int]:
     """Bytes read and written, several views of one storage capped by it; the op's own buffers included."""
     graph = graph_of(target, *args, tokens=tokens, **kwargs)
-    (cost,) = price(graph, None)  # type: ignore[arg-type]
+    (cost,) = price(graph, MI300X)
     totals = bytes_by_role(graph, cost).values()
     return sum(read for read, _ in totals), sum(written for _, written in totals)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from fxroof.analyzer.analysis import (
     ByteTotals,
     Coverage,
+    Executions,
     FlopTotals,
     OpAnalysis,
     PhaseAnalysis,
@@ -12,11 +13,14 @@ from fxroof.analyzer.analysis import (
     UnpricedOp,
 )
 from fxroof.analyzer.cost import Status
+from fxroof.analyzer.estimate import Derated
+from fxroof.analyzer.execution import Execution, KernelAnalysis, KernelTimes
 from fxroof.analyzer.floor import Floor
 from fxroof.analyzer.memory import Memory
 from fxroof.analyzer.report import GpuInfo, ModelInfo, PhaseFailure, Report, Run
 from fxroof.analyzer.roofline import Bound, Lanes
 from fxroof.analyzer.scenario import Scenario
+from fxroof.analyzer.serving import serving
 
 BANDWIDTH, PEAK, VECTOR, SPECIAL = 8e12, 2e15, 8e13, 1e13
 LAYERS, BATCH, PROMPT, CONTEXT, WIDTH, VOCABULARY = 4, 2, 1024, 1152, 2048, 32000
@@ -170,6 +174,42 @@ def phase(name: str, rows: int, keys: int, *, scale: float = 1.0) -> PhaseAnalys
     return summed(name, n, tuple(ops), scale=scale)
 
 
+def execution(ops: tuple[OpAnalysis, ...], *, fused: bool) -> Execution:
+    """Every op a kernel, or norms together; 1.2 of the bound and 5 µs a kernel, or 1 µs."""
+    groups: list[list[OpAnalysis]] = []
+    for o in ops:
+        joins = fused and groups and o.module.endswith("norm") and groups[-1][0].module == o.module
+        if joins:
+            groups[-1].append(o)
+        elif o.status is not Status.FREE:
+            groups.append([o])
+    kernels = tuple(
+        KernelAnalysis(
+            name="rms_norm" if len(group) > 1 else group[0].target,
+            ops=tuple(o.name for o in group),
+            flops=sum(o.flops_executed for o in group),
+            bytes_hbm=0.75 * sum(o.bytes_read + o.bytes_written for o in group),
+            bytes_l2=sum(o.bytes_read + o.bytes_written for o in group),
+            seconds=KernelTimes(
+                bound=sum(o.seconds for o in group) / len(group),
+                estimate=1.2 * sum(o.seconds for o in group) / len(group) + (1e-6 if fused else 5e-6),
+            ),
+            bound=group[0].bound if group[0].seconds > 1e-6 else Bound.LATENCY,
+        )
+        for group in groups
+    )
+    estimate = sum(k.seconds.estimate for k in kernels)
+    waiting = sum(k.seconds.estimate for k in kernels if k.bound is Bound.LATENCY) / estimate
+    return Execution(
+        bound=sum(k.seconds.bound for k in kernels),
+        estimate=estimate,
+        bytes_hbm=sum(k.bytes_hbm for k in kernels),
+        bytes_l2=sum(k.bytes_l2 for k in kernels),
+        estimate_share={"latency": waiting, "memory": 1 - waiting},
+        kernels=kernels,
+    )
+
+
 def summed(name: str, tokens: int, ops: tuple[OpAnalysis, ...], *, scale: float = 1.0) -> PhaseAnalysis:
     bound = sum(o.seconds for o in ops)
     read, written = sum(o.bytes_read for o in ops), sum(o.bytes_written for o in ops)
@@ -180,10 +220,14 @@ def summed(name: str, tokens: int, ops: tuple[OpAnalysis, ...], *, scale: float 
     flops = sum(o.flops for o in ops)
     executed = sum(o.flops_executed for o in ops)
     compute = executed / PEAK * scale
+    executions = Executions(eager=execution(ops, fused=False), compiled=execution(ops, fused=True))
+    estimate = executions.eager.estimate
     return PhaseAnalysis(
         name=name,
         tokens=tokens,
-        seconds=Times(floor=max(compute, weights / BANDWIDTH * scale), bound=bound),
+        seconds=Times(floor=max(compute, weights / BANDWIDTH * scale), bound=bound, estimate=estimate),
+        execution="eager",
+        turns=1,
         flops=FlopTotals(matmul=flops, matmul_executed=executed, vector=1.5e7, special=3e6),
         bytes=ByteTotals(
             total=read + written,
@@ -212,8 +256,11 @@ def summed(name: str, tokens: int, ops: tuple[OpAnalysis, ...], *, scale: float 
         bound_share={key: value for key, value in sorted(share.items()) if value},
         mfu=compute / bound,
         mbu=(read + written) / BANDWIDTH * scale / bound,
+        mfu_estimate=compute / estimate,
+        mbu_estimate=(read + written) / BANDWIDTH * scale / estimate,
         tokens_per_second=tokens / bound,
         ops=ops,
+        executions=executions,
         matmul_path="tensor bfloat16",
     )
 
@@ -242,6 +289,11 @@ def run(info: GpuInfo, *, scale: float = 1.0) -> Run:
         phases=phases,
         assumptions=("times are bounds from vendor peaks (dense)", f"known of {info.key} only"),
         memory=memory(info.memory_bytes),
+        serving=serving(phases, SCENARIO),
+        derating=(
+            Derated(name="share of the peak: bfloat16 products", value=0.8, source="measured on this part"),
+            Derated(name="latency of a kernel", value=1.3e-6, source="that of another part", unit="s"),
+        ),
     )
 
 
