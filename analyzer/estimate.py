@@ -17,12 +17,13 @@ from .roofline import Lanes, special_rate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derated:
-    """A figure used in estimates and where it comes from; shares of a peak have no unit."""
+    """A figure used in estimates and its source; a share of a peak has no unit, and that of products a dtype."""
 
     name: str
     value: float
     source: str
     unit: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,23 +80,23 @@ def derating(gpu: Gpu) -> Derating:
         copying=copying,
         matmul={dtype: _matmul_share(gpu, dtype) for dtype in gpu.tensor},
         attention=_share("fused attention", 0.71, "FlashAttention-4 on B200: 1605 of 2250 TFLOP/s"),
-        vector=_share("vector and special-function units", 0.8, "assumed"),
+        vector=_share("vector units", 0.8, "assumed"),
         l2_bandwidth=_l2_bandwidth(gpu),
         l2_bytes=Derated(
-            name="cache that is counted on",
+            name="cache",
             unit="B",
             value=(gpu.cache_bytes or 0) * (0.5 if halved else 1.0),
             source="half: each partition keeps its own copy" if halved else "all of it",
         ),
         latency=_latency(gpu),
         launch=Derated(
-            name="launch of an op from Python",
+            name="launch of an op",
             unit="s",
             value=8e-6,
             source="eager PyTorch, 5 to 10 µs: pytorch#41383, FlagGems#4812",
         ),
         launch_again=Derated(
-            name="launch of a further kernel of an op",
+            name="launch of its further kernels",
             unit="s",
             value=5e-6,
             source="eager PyTorch without Python: pytorch#41383",
@@ -194,8 +195,8 @@ def _tiled(gemm: Gemm, peak: float, sms: int, item_bytes: float, l2_rate: float)
     return best[0], best[1]
 
 
-def _share(of: str, value: float, source: str) -> Derated:
-    return Derated(name=f"share of the peak: {of}", value=value, source=source)
+def _share(of: str, value: float, source: str, dtype: str = "") -> Derated:
+    return Derated(name=of, value=value, source=source, dtype=dtype)
 
 
 def _memory_shares(gpu: Gpu) -> tuple[Derated, Derated]:
@@ -204,8 +205,8 @@ def _memory_shares(gpu: Gpu) -> tuple[Derated, Derated]:
     if read or triad:
         source = "measured on this part (gpu-benches stream)"
     return (
-        _share("memory, mostly reading", read or triad or usual, source),
-        _share("memory, reading and writing", triad or read or usual, source),
+        _share("memory when reading", read or triad or usual, source),
+        _share("memory when writing too", triad or read or usual, source),
     )
 
 
@@ -223,17 +224,17 @@ def _matmul_share(gpu: Gpu, dtype: str) -> Derated:
     of = f"{dtype} products"
     own = gpu.achieved.get(f"tensor_{dtype}")
     if own:
-        return _share(of, own, "best shape measured on this part, see its catalogue entry")
+        return _share(of, own, "best shape measured on this part, see its catalogue entry", dtype)
     others = [value for name, value in gpu.achieved.items() if name.startswith("tensor_")]
     if others:
-        return _share(of, others[0], "another dtype's, measured on this part")
+        return _share(of, others[0], "another dtype's, measured on this part", dtype)
     if gpu.vendor == "amd":
-        return _share(of, 0.55, "MI300X, MI325X and MI355X (stas00/ml-engineering)")
-    return _share(of, 0.78, "A100, H100 and B200 (stas00/ml-engineering)")
+        return _share(of, 0.55, "MI300X, MI325X and MI355X (stas00/ml-engineering)", dtype)
+    return _share(of, 0.78, "A100, H100 and B200 (stas00/ml-engineering)", dtype)
 
 
 def _l2_bandwidth(gpu: Gpu) -> Derated | None:
-    name, unit = "L2 bandwidth", "B/s"
+    name, unit = "L2", "B/s"
     if gpu.l2_bandwidth_measured:
         return Derated(name=name, unit=unit, value=float(gpu.l2_bandwidth_measured), source="measured (gpu-benches)")
     if gpu.l2_bandwidth:
@@ -253,7 +254,7 @@ def _l2_bandwidth(gpu: Gpu) -> Derated | None:
 
 
 def _latency(gpu: Gpu) -> Derated:
-    name, unit = "latency of a kernel", "s"
+    name, unit = "kernel latency", "s"
     if gpu.kernel_latency:
         source = "measured on this part (gpu-benches, small kernels in a graph)"
         return Derated(name=name, unit=unit, value=gpu.kernel_latency, source=source)

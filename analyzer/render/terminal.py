@@ -520,18 +520,17 @@ def _caveats(report: Report, width: int) -> Iterator[Text]:
     )
     yield from bullets(report.model.notes, width)
     for run in report.runs:
-        yield from fact("reached", [f"on {clean(run.gpu.key)}, for the estimate"], width)
-        yield from bullets(_reached(run), width)
+        yield from fact("reached", [f"by estimates on {clean(run.gpu.key)}", *_reached(run)], width)
 
 
 def _reached(run: Run) -> Iterator[str]:
-    """The figures that make estimates of bounds, those for other dtypes left out."""
+    """The figures that make estimates of bounds, those for dtypes that no phase uses left out."""
     used = {phase.matmul_path.rpartition(" ")[2] for phase in run.phases}
     for figure in run.derating:
-        dtype = figure.name.removesuffix(" products").rpartition(" ")[2]
-        if not figure.name.endswith("products") or dtype in used:
-            value = units.scaled(figure.value, figure.unit) if figure.unit else units.digits(figure.value, trim=True)
-            yield f"{figure.name}: {value} ({figure.source})"
+        if figure.dtype and figure.dtype not in used:
+            continue
+        value = units.scaled(figure.value, figure.unit) if figure.unit else units.percent(figure.value)
+        yield f"{figure.name} {value}" + (f" ({figure.source})" if figure.source == "assumed" else "")
 
 
 def _coverage(coverage: Coverage, width: int) -> Iterator[Text]:

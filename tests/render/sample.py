@@ -291,8 +291,8 @@ def run(info: GpuInfo, *, scale: float = 1.0) -> Run:
         memory=memory(info.memory_bytes),
         serving=serving(phases, SCENARIO),
         derating=(
-            Derated(name="share of the peak: bfloat16 products", value=0.8, source="measured on this part"),
-            Derated(name="latency of a kernel", value=1.3e-6, source="that of another part", unit="s"),
+            Derated(name="bfloat16 products", value=0.8, source="measured on this part", dtype="bfloat16"),
+            Derated(name="kernel latency", value=1.3e-6, source="that of another part", unit="s"),
         ),
     )
 
