@@ -39,6 +39,7 @@ class Derating:
         l2_bandwidth: byte/s; None where nothing is known of the part.
         l2_bytes: bytes of cache that every multiprocessor can count on.
         latency: seconds of a kernel that does nothing.
+        memory_latency: seconds that a kernel which lives on device memory takes to get it going and to drain.
         launch: seconds of the host for an op that launches a kernel, in eager mode.
         launch_again: seconds of the host for each further kernel of the op.
     """
@@ -51,6 +52,7 @@ class Derating:
     l2_bandwidth: Derated | None
     l2_bytes: Derated
     latency: Derated
+    memory_latency: Derated
     launch: Derated
     launch_again: Derated
 
@@ -66,6 +68,7 @@ class Derating:
             *((self.l2_bandwidth,) if self.l2_bandwidth else ()),
             self.l2_bytes,
             self.latency,
+            self.memory_latency,
             self.launch,
             self.launch_again,
         )
@@ -89,6 +92,12 @@ def derating(gpu: Gpu) -> Derating:
             source="half: each partition keeps its own copy" if halved else "all of it",
         ),
         latency=_latency(gpu),
+        memory_latency=Derated(
+            name="memory latency",
+            unit="s",
+            value=3e-6,
+            source="aiconfigurator, all NVIDIA parts; gpt-fast's decode fits it",
+        ),
         launch=Derated(
             name="launch of an op",
             unit="s",
@@ -137,8 +146,9 @@ def busy(cost: Cost, read: float, written: float, moved: float, gpu: Gpu, reache
         l2=max(moved / l2_rate, tiles) if l2_rate else 0.0,
         link=expected(cost.exchange, gpu).seconds if cost.exchange else 0.0,
     )
+    waiting = reached.latency.value + (reached.memory_latency.value if 2 * (read + written) > moved else 0.0)
     # what is expected of an exchange has the latency of its steps in it
-    return Busy(lanes, lanes.slowest[0] + (0.0 if cost.exchange else reached.latency.value))
+    return Busy(lanes, lanes.slowest[0] + (0.0 if cost.exchange else waiting))
 
 
 def _matmul_seconds(cost: Cost, gpu: Gpu, reached: Derating, l2_rate: float) -> tuple[float, float, float]:

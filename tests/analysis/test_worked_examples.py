@@ -13,6 +13,7 @@ from fxroof.analyzer.graph import Graph
 from fxroof.analyzer.load import from_module
 from fxroof.analyzer.pipeline import analyze
 from fxroof.analyzer.pricing import price
+from fxroof.analyzer.roofline import Bound
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.trace import trace
 from fxroof.hardware.catalog import load
@@ -158,6 +159,35 @@ def test_12_four_bit_weights_are_a_quarter_of_the_bytes_and_the_same_flops() -> 
     assert narrow.flops.matmul == wide.flops.matmul
 
 
+def test_13_k_tokens_are_verified_by_one_weight_read() -> None:
+    k, context = 8, 2176
+    step = traced("llama-3-8b", Scenario()).graphs["decode"]
+    pass_over = traced("llama-3-8b", Scenario(input_len=context + k, prefix_len=context)).graphs["prefill"]
+    one, verify = analyze_phase(step, H100)[0], analyze_phase(pass_over, H100)[0]
+    rows = (k - 1) * 4096 * 2  # the embedding of each token is a row of its own
+    assert verify.bytes.weight == pytest.approx(one.bytes.weight + rows, rel=1e-4)
+    assert verify.flops.matmul > 5 * one.flops.matmul
+    assert verify.seconds.bound < 1.1 * one.seconds.bound
+    assert verify.seconds.estimate < 1.3 * one.seconds.estimate
+
+
+def test_14_flash_attention_turns_from_memory_to_compute_where_scores_are_not_written() -> None:
+    class Naive(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(q @ k.transpose(-1, -2) / 128**0.5, dim=-1) @ v
+
+    class Flash(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    qkv = tuple(torch.empty(1, 32, 8192, 128, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    naive, flash = (analyze_phase(trace(module, qkv), A100)[0] for module in (Naive(), Flash()))
+    assert naive.flops.matmul == flash.flops.matmul
+    assert (naive.bound, flash.bound) == (Bound.MEMORY, Bound.COMPUTE)
+    assert 2 <= naive.seconds.bound / flash.seconds.bound <= 10
+    assert 2 <= naive.seconds.estimate / flash.seconds.estimate <= 10
+
+
 def test_15_fewer_kv_heads_and_narrower_keys_cut_the_cache_in_proportion() -> None:
     def cache_bytes(heads: int, dtype: torch.dtype) -> int:
         query = torch.empty(1, 32, 1, 128, dtype=dtype, device="meta")
@@ -209,6 +239,45 @@ def test_19_an_h100_decodes_as_much_faster_than_an_a100_as_its_memory_is() -> No
     ratio = analyze_phase(graph, A100)[0].seconds.bound / analyze_phase(graph, H100)[0].seconds.bound
     assert ratio == pytest.approx(1.64, rel=0.02)
     assert H100.tensor["bfloat16"] / A100.tensor["bfloat16"] > 3
+
+
+def test_20_a_weight_of_a_projection_does_not_fit_on_chip_and_its_tile_does() -> None:
+    graph = trace(
+        nn.Linear(4096, 4096, bias=False, dtype=torch.float16, device="meta"),
+        (torch.empty(1, 4096, dtype=torch.float16, device="meta"),),
+    )
+    assert analyze_phase(graph, H100)[0].bytes.weight == pytest.approx(33.5e6, rel=2e-3)
+    shared, units = H100.shared_memory_per_sm_bytes, H100.sm_count
+    assert shared == 228 * 1024
+    assert units == 132
+    assert shared > 2 * 128 * 128 * 2, "two tiles: room for double buffering"
+    assert shared * units < analyze_phase(graph, H100)[0].bytes.weight < (H100.cache_bytes or 0)
+
+
+def test_21_the_host_link_is_fifty_times_slower_than_device_memory() -> None:
+    assert H100.host_bandwidth is not None
+    assert H100.memory_bandwidth / H100.host_bandwidth == pytest.approx(50, rel=0.1)
+
+
+def test_22_prefill_pays_for_the_new_tokens_only() -> None:
+    whole, reused = (
+        analyze_phase(traced("llama-3-8b", Scenario(prefix_len=n)).graphs["prefill"], H100)[0] for n in (0, 1536)
+    )
+    assert reused.tokens == whole.tokens / 4
+    # all but attention, which still reads the prefix, and the head, which sees one row
+    assert reused.flops.matmul == pytest.approx(whole.flops.matmul / 4, rel=0.1)
+    assert reused.bytes.kv_cache > 0
+    assert reused.seconds.bound < whole.seconds.bound / 2
+
+
+def test_23_the_memory_pyramid_narrows_upwards_and_quickens() -> None:
+    levels = {level.name: level for level in A100.memory_levels}
+    order = ["L2", "device memory", "peer link", "host link"]
+    speeds = [level.bandwidth for name in order if (level := levels[name]).bandwidth]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len(speeds) == len(order)
+    sizes = [level.size for level in A100.memory_levels if level.size and level.name != "registers"]
+    assert sizes == sorted(sizes)
 
 
 def test_24_a_unified_memory_of_800_gb_per_second_decodes_like_a_card_of_that_bandwidth() -> None:
