@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from .cost import Access, Cost, Status
-from .fusion_costs import kernels_of
+from .fusion_costs import kernels_of, written_once
 from .fusion_kinds import Kind, Trait, kind_of, trait
 from .fusion_layout import is_in_order, keeps_order, moves_in_rows, reduced_dims, rows_of
 from .fusion_loops import Buffer, Loop, Read, Schedule, splits
@@ -40,7 +40,7 @@ def compiled_kernels(graph: Graph, costs: Sequence[Cost]) -> tuple[Kernel, ...]:
     A kernel's traffic is what it takes from memory and leaves there, in bytes; work that several kernels repeat is
     counted in each of them. Ops without a formula stand alone. Ops that are free or that nobody needs are in no kernel.
     """
-    lowering = _Lowering(graph, costs)
+    lowering = _Lowering(graph, [written_once(graph, cost) for cost in costs])
     lowering.run()
     kernels: list[Kernel] = []
     for loop in lowering.schedule.in_order():

@@ -61,11 +61,14 @@ class Storage:
         nbytes: its size in bytes.
         role: what it is for.
         name: the parameter, buffer, input or op it belongs to.
+        ends_with: name of the op after which the program lets go of it, empty where it keeps it to its end; None where
+            that was not seen, and its last use is all that is known.
     """
 
     nbytes: int
     role: Role
     name: str
+    ends_with: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,10 +133,10 @@ def kept_at_best(folded: Folded, capacity: int, useful: Sequence[bool]) -> list[
     # what a step finds of the one before is spread over all it could find, since any of it may be what was kept
     firsts = [
         (
-            sum(x.read for x in touches if x.before is None),
+            sum(max(0, x.read - known) for x, known in zip(touches, before, strict=True)),
             sum(x.written for x in touches if x.lasting or x.after is None),
         )
-        for touches in folded.links
+        for touches, before in zip(folded.links, _seen_before(folded.links), strict=True)
     ]
     times = Counter(folded.source)
     total = sum(times[i] * sum(first) for i, first in enumerate(firsts) if useful[i])
@@ -156,6 +156,19 @@ def kept_by_reuse(folded: Folded, capacity: float) -> list[Kept]:
     if folded.footprint <= capacity:  # all of the step stays from turn to turn
         return [Kept(sum(x.read for x in touches), sum(x.written for x in touches)) for touches in folded.links]
     return _least_recent_out(folded.links, capacity)
+
+
+def _seen_before(links: Sequence[Sequence[Link]]) -> list[list[int]]:
+    """For each touch, the bytes of its buffer that kernels of the same step have read or written before."""
+    seen: list[list[int]] = []
+    for touches in links:
+        seen.append([max(seen[b[0]][b[1]], *_bytes_at(links, b)) if (b := x.before) else 0 for x in touches])
+    return seen
+
+
+def _bytes_at(links: Sequence[Sequence[Link]], place: tuple[int, int]) -> tuple[int, int]:
+    link = links[place[0]][place[1]]
+    return link.read, link.written
 
 
 _Places = list[list[tuple[int, int] | None]]
@@ -257,6 +270,7 @@ def _least_recent_out(links: Sequence[Sequence[Link]], capacity: float) -> list[
     names: dict[tuple[int, int], int] = {}
     recent: dict[int, int] = {}  # size by buffer, the latest last
     kept: list[Kept] = []
+    seen = _seen_before(links)
     dirty: dict[int, tuple[int, float]] = {}  # which kernel wrote a result, and the bytes of it that never left
     for index, touches in enumerate(links):
         read = 0.0
@@ -266,7 +280,7 @@ def _least_recent_out(links: Sequence[Sequence[Link]], capacity: float) -> list[
             name = names[index, position]
             size = max(link.read, link.written)
             found = _share_found(recent, name, size, capacity) if link.before is not None else 0.0
-            read += found * link.read
+            read += found * min(link.read, seen[index][position])
             if name in dirty:
                 writer, still = dirty.pop(name)
                 still *= found

@@ -4,12 +4,14 @@ Weights and cache are there at once; the activations added to them are the most 
 liveness over its ops. The cache is counted at the end of the generation, when it is largest.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from math import ceil, prod
 
 from ..hardware.gpu import Gpu
-from .cost import Cost, operator_name
+from .cost import Cost
 from .graph import Graph, Op, Role
 from .scenario import Scenario
 
@@ -25,6 +27,9 @@ and #109888, unsloth-zoo #1053; the kernels that a model then calls are loaded o
 """
 
 _FURTHEST = 2**40
+
+_RESIDENT = (Role.WEIGHT, Role.CONSTANT)
+"""Roles of what is there as long as the model is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,12 +210,13 @@ def overhead_bytes(gpu: Gpu) -> int:
 def moments(graph: Graph, costs: Sequence[Cost], *, in_place: bool = True) -> Iterator[Live]:
     """Bytes alive while each op runs: inputs, cache, activations and the op's own buffers; weights left out.
 
-    A storage is allocated by the op that makes it. It is freed after its last use, but not before the module that it
-    was passed to returns, for a call holds its arguments. What the program was given lives to the end, except a cache
-    updated `in_place`, whose tensors go when they are replaced.
+    A storage is allocated by the op that makes it. It is freed when the program let go of it while it was traced, and
+    after its last use where that was not seen. What the program was given lives to the end, except a cache updated
+    `in_place`, whose tensors go when they are replaced.
     """
-    for moment, cached in _moments(graph, costs, in_place, _Length()):
-        yield Live(fixed=moment.fixed + cached, linear=moment.linear, quadratic=moment.quadratic, op=moment.op)
+    sweep = _sweep(graph, costs, in_place, _Length())
+    for op, (fixed, linear, quadratic, cached) in zip(graph.ops, sweep, strict=True):
+        yield Live(fixed=fixed + cached, linear=linear, quadratic=quadratic, op=op.name)
 
 
 def activation_peaks(
@@ -221,13 +227,20 @@ def activation_peaks(
     Of the cache only what exceeds its size at the end of the phase is counted: old and new at once while it grows.
     """
     kept = sum(_rounded(n) for n in _final_cache(graph).values())
-    beyond = []
-    for moment, cached in _moments(graph, costs, in_place, _Length.of(graph, scenario)):
-        surplus = max(0, cached - kept)
-        beyond.append(
-            Live(fixed=moment.fixed, linear=moment.linear + surplus, quadratic=moment.quadratic, op=moment.op)
-        )
-    return _undominated(beyond)
+    highest = (-1, -1, -1)
+    found: dict[tuple[int, int, int], str] = {}
+    sweep = _sweep(graph, costs, in_place, _Length.of(graph, scenario))
+    for op, (fixed, linear, quadratic, cached) in zip(graph.ops, sweep, strict=True):
+        if cached > kept:
+            linear += cached - kept
+        if fixed > highest[0] or linear > highest[1] or quadratic > highest[2]:  # else another is above it
+            moment = fixed, linear, quadratic
+            found.setdefault(moment, op.name)
+            highest = max(highest, moment, key=sum)
+    return tuple(
+        Live(fixed=fixed, linear=linear, quadratic=quadratic, op=found[fixed, linear, quadratic])
+        for fixed, linear, quadratic in _undominated(found)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,106 +337,88 @@ class _Length:
         return min(2, self.power(given[0]) + (scratch >= rows * widest * _LEAST_ITEM))
 
 
+_WIDENING = frozenset(
+    f"aten.{name}.{overload}" for name in ("softmax", "log_softmax") for overload in ("int", "Dimname")
+)
+"""Operators that may change the type of their input."""
+
 _LEAST_ITEM = 2
 """Bytes of an attention score at least."""
 
 
-def _moments(graph: Graph, costs: Sequence[Cost], in_place: bool, length: _Length) -> Iterator[tuple[Live, int]]:
-    """While each op runs: bytes alive outside the cache, and bytes of cache."""
-    born, dies = _lifetimes(graph, in_place=in_place)
-    powers = _powers(graph, length)
-    ends: dict[int, list[int]] = {}
-    starts: dict[int, list[int]] = {}
-    for storage, first in born.items():
-        starts.setdefault(first, []).append(storage)
-        ends.setdefault(dies[storage], []).append(storage)
-    alive = [0, 0, 0]
-    cached = 0
-
-    def change(storages: Sequence[int], sign: int) -> None:
-        nonlocal cached
-        for storage in storages:
-            nbytes = sign * _rounded(graph.storages[storage].nbytes)
-            if graph.storages[storage].role is Role.KV_CACHE:
-                cached += nbytes
-            else:
-                alive[powers[storage]] += nbytes
-
-    change(starts.get(_GIVEN, ()), 1)
-    for index, (op, cost) in enumerate(zip(graph.ops, costs, strict=True)):
-        change(starts.get(index, ()), 1)
-        scratch = _rounded(max(cost.scratch_written, _converted(graph, op)))
-        power = length.scratch_power(graph, op, scratch)
-        now = [n + (scratch if i == power else 0) for i, n in enumerate(alive)]
-        yield Live(fixed=now[0], linear=now[1], quadratic=now[2], op=op.name), cached
-        change(ends.get(index, ()), -1)
+def _sweep(graph: Graph, costs: Sequence[Cost], in_place: bool, length: _Length) -> Iterator[tuple[int, int, int, int]]:
+    """While each op runs: bytes alive outside the cache that are fixed, linear and quadratic, and bytes of cache."""
+    changes = _changes(graph, in_place, _powers(graph, length))
+    during = islice(zip(*map(accumulate, changes), strict=True), 1, len(graph.ops) + 1)
+    for op, cost, alive in zip(graph.ops, costs, during, strict=True):
+        if cost.scratch_written or op.target in _WIDENING:
+            scratch = _rounded(max(cost.scratch_written, _converted(graph, op)))
+            now = list(alive)
+            now[length.scratch_power(graph, op, scratch)] += scratch
+            yield now[0], now[1], now[2], now[3]
+        else:
+            yield alive
 
 
 _GIVEN = -1
 """Index of the moment before the first op."""
 
+_CACHE = 3
+"""Stands for the cache where other bytes are told apart by the power of the length that they grow with."""
 
-def _lifetimes(graph: Graph, *, in_place: bool) -> tuple[dict[int, int], dict[int, int]]:
+
+def _changes(graph: Graph, in_place: bool, powers: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """By power and for `_CACHE`: bytes there before the first op, then those that come or, below 0, go with each op."""
+    moments = len(graph.ops) + 3  # before, after, and when all is gone
+    changes = ([0] * moments, [0] * moments, [0] * moments, [0] * moments)
+    for storage, (first, last) in _lifetimes(graph, in_place=in_place).items():
+        block = graph.storages[storage]
+        of_kind = changes[_CACHE if block.role is Role.KV_CACHE else powers[storage]]
+        nbytes = _rounded(block.nbytes)
+        of_kind[first + 1] += nbytes
+        of_kind[last + 2] -= nbytes
+    return changes
+
+
+def _lifetimes(graph: Graph, *, in_place: bool) -> dict[int, tuple[int, int]]:
     """First and last op of each storage's life, weights left out; from `_GIVEN` to the number of ops."""
     end = len(graph.ops)
-    kept = {graph.tensors[i].storage for i in graph.outputs}
-    given = {graph.tensors[i].storage for i in graph.inputs}
-    born: dict[int, int] = dict.fromkeys(given, _GIVEN)
-    dies: dict[int, int] = {}
-    on_chip = set()
-    calls = _calls(graph.ops)
-    for index, op in enumerate(graph.ops):
-        used = {graph.tensors[i].storage for i in op.inputs}
-        for storage in used:
-            born.setdefault(storage, _GIVEN)  # a buffer of the model's
-            replaced = in_place and storage in given and graph.storages[storage].role is Role.KV_CACHE
-            last = index if replaced else _returns(calls[index], born[storage], index)
-            dies[storage] = max(dies.get(storage, 0), last)
-        for tensor in op.outputs:
-            storage = graph.tensors[tensor].storage
-            if storage not in born:
-                born[storage] = index
-                if op.kernel:
-                    on_chip.add(storage)
-            dies[storage] = max(dies.get(storage, 0), index)
-    for storage, first in list(born.items()):
-        role = graph.storages[storage].role
-        if role in (Role.WEIGHT, Role.CONSTANT) or storage in on_chip:
-            del born[storage]
-        elif storage in kept or (first == _GIVEN and not (in_place and role is Role.KV_CACHE and storage in given)):
-            dies[storage] = end
+    home = [tensor.storage for tensor in graph.tensors]
+    given, kept = {home[i] for i in graph.inputs}, {home[i] for i in graph.outputs}
+    born = _born(graph, home)
+    numbers: dict[str | None, int] = {op.name: index for index, op in enumerate(graph.ops)}
+    numbers[""] = end
+    lives: dict[int, tuple[int, int]] = {}
+    unseen: list[int] = []
+    for storage, block in enumerate(graph.storages):
+        role, first = block.role, born.get(storage, _GIVEN)
+        if role in _RESIDENT or (first != _GIVEN and graph.ops[first].kernel):
+            continue
+        replaced = in_place and role is Role.KV_CACHE and storage in given
+        if storage in kept or (storage in given and not replaced):
+            lives[storage] = first, end
+        elif (last := numbers.get(block.ends_with)) is not None and (storage in born or replaced):
+            lives[storage] = first, max(first, last)
         else:
-            dies.setdefault(storage, end)
-    return born, dies
+            unseen.append(storage)
+    if unseen:
+        used = {home[i]: index for index, op in enumerate(graph.ops) for i in (*op.inputs, *op.outputs)}
+        for storage in unseen:
+            first = born.get(storage, _GIVEN)
+            if storage in used:  # else a rewrite has left it behind
+                lives[storage] = first, used[storage] if first != _GIVEN or storage in given else end
+    return lives
 
 
-@dataclass(slots=True)
-class _Call:
-    """A module's call: indices of its first and last op."""
-
-    start: int
-    end: int
-
-
-def _calls(ops: Sequence[Op]) -> list[tuple[_Call, ...]]:
-    """The calls that each op was made in, outermost first; a module's consecutive ops are one call.
-
-    A list of modules counts as one too: what goes into the first of them is usually held under another name.
-    """
-    within: list[tuple[_Call, ...]] = []
-    path: list[str] = []
-    open_calls: list[_Call] = []
-    for index, op in enumerate(ops):
-        parts = op.module.split(".") if op.module else []
-        shared = 0
-        while shared < min(len(parts), len(path)) and parts[shared] == path[shared]:
-            shared += 1
-        open_calls = open_calls[:shared] + [_Call(index, index) for _ in parts[shared:]]
-        path = parts
-        for call in open_calls:
-            call.end = index
-        within.append(tuple(open_calls))
-    return within
+def _born(graph: Graph, home: Sequence[int]) -> dict[int, int]:
+    """By storage, the op that makes it; the others were there before. `home` is the storage of each tensor."""
+    born: dict[int, int] = {}
+    for index, op in enumerate(graph.ops):
+        for tensor in op.outputs:
+            storage = home[tensor]
+            if storage not in born:
+                born[storage] = _GIVEN if storage in map(home.__getitem__, op.inputs) else index
+    return born
 
 
 def _converted(graph: Graph, op: Op) -> int:
@@ -431,38 +426,33 @@ def _converted(graph: Graph, op: Op) -> int:
 
     aten/src/ATen/native/SoftMax.cpp, softmax(input, dim, dtype).
     """
-    if operator_name(op.target) not in ("aten.softmax", "aten.log_softmax") or not op.outputs:
+    if op.target not in _WIDENING or not op.outputs:
         return 0
     given, made = graph.tensors[op.inputs[0]].dtype, graph.tensors[op.outputs[0]]
     return 0 if given in (made.dtype, "float16") else made.nbytes
 
 
-def _returns(calls: tuple[_Call, ...], born: int, used: int) -> int:
-    """The op after which the outermost call that got the storage as an argument returns."""
-    return next((call.end for call in calls if call.start > born), used)
-
-
-def _powers(graph: Graph, length: _Length) -> dict[int, int]:
+def _powers(graph: Graph, length: _Length) -> list[int]:
     """How the size of each storage follows the length, by the largest tensor in it."""
-    largest: dict[int, int] = {}
-    powers = dict.fromkeys(range(len(graph.storages)), 0)
-    if length.sizes:
-        for tensor in graph.tensors:
-            if tensor.touched_bytes > largest.get(tensor.storage, 0):
-                largest[tensor.storage] = tensor.touched_bytes
-                powers[tensor.storage] = length.power(tensor.shape)
+    powers, largest = [0] * len(graph.storages), [0] * len(graph.storages)
+    sizes = [storage.nbytes for storage in graph.storages]
+    power = functools.cache(length.power)  # layers are alike: few shapes
+    for tensor in graph.tensors if length.sizes else ():
+        storage = tensor.storage
+        if largest[storage] < sizes[storage] and (nbytes := tensor.touched_bytes) > largest[storage]:
+            largest[storage] = nbytes
+            powers[storage] = power(tensor.shape)
     return powers
 
 
-def _undominated(moments: Sequence[Live]) -> tuple[Live, ...]:
-    """Those that can be the highest at some length."""
-    best: list[Live] = []
-    for moment in sorted(moments, key=lambda m: (-m.nbytes, -m.quadratic, -m.linear)):
-        if not any(
-            b.fixed >= moment.fixed and b.linear >= moment.linear and b.quadratic >= moment.quadratic for b in best
-        ):
+def _undominated(moments: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Those that can be the highest at some length, of bytes that are fixed, linear and quadratic in it."""
+    best: list[tuple[int, int, int]] = []
+    for moment in sorted(moments, key=lambda m: (-sum(m), -m[2], -m[1])):
+        fixed, linear, quadratic = moment
+        if not any(b[0] >= fixed and b[1] >= linear and b[2] >= quadratic for b in best):
             best.append(moment)
-    return tuple(best)
+    return best
 
 
 def _final_cache(graph: Graph) -> dict[int, int]:
@@ -481,12 +471,10 @@ def _cache_storages(graph: Graph) -> set[int]:
 
 def _owned(graph: Graph) -> int:
     """Bytes of cache buffers that the model allocates once, used or not."""
-    found = set(_cache_storages(graph)) - {graph.tensors[i].storage for i in graph.inputs}
-    seen: set[int] = set()
-    for op in graph.ops:
-        seen |= {graph.tensors[i].storage for i in op.inputs}
-        found -= {graph.tensors[i].storage for i in op.outputs} - seen
-    return sum(graph.storages[s].nbytes for s in found)
+    given = {graph.tensors[i].storage for i in graph.inputs}
+    born = _born(graph, [tensor.storage for tensor in graph.tensors])
+    own = (s for s in _cache_storages(graph) - given if born.get(s, _GIVEN) == _GIVEN)
+    return sum(graph.storages[s].nbytes for s in own)
 
 
 def _resident(graphs: Mapping[str, Graph]) -> int:
@@ -494,7 +482,7 @@ def _resident(graphs: Mapping[str, Graph]) -> int:
     found: dict[str, int] = {}
     for graph in graphs.values():
         for storage in graph.storages:
-            if storage.role in (Role.WEIGHT, Role.CONSTANT):
+            if storage.role in _RESIDENT:
                 found[storage.name] = max(found.get(storage.name, 0), storage.nbytes)
     return sum(found.values())
 

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import TraceError
 from .graph import Arg, Graph, Op, Role, Span, Storage, Tensor, TensorRef
+from .lifetimes import Lifetimes, lives_of, watched
 from .meta import tracing
 from .scenario import Phase
 from .sdpa import Attention, is_fused_somewhere, traced_output_stride
@@ -66,8 +67,9 @@ def export(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> torch.export.ExportedProgram:
     """torch.export of the program as it runs: no export-only branches, autocast explicit, grad mode off."""
+    inputs = len(_flat((args, dict(kwargs or {}))))
     try:
-        with tracing(), warnings.catch_warnings():
+        with tracing(), watched(inputs), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(module, args, dict(kwargs or {}), strict=False)
     except Exception as error:
@@ -111,6 +113,7 @@ class _Builder:
     alive: list[Any] = field(default_factory=list)  # a storage's address is its name only while it lives
     constants: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # those with values
     names: set[str] = field(default_factory=set)
+    lifetimes: Lifetimes = field(default_factory=Lifetimes)
     site: "_Site" = field(default_factory=lambda: _Site())
     mapped: int = 0  # depth of torch.vmap
 
@@ -150,6 +153,7 @@ class _Builder:
                 if isinstance(env[node], torch.Tensor):
                     role = Role.KV_CACHE if id(leaf) in self.cached else Role.INPUT
                     inputs.append(self._tensor(env[node], node.name, role))
+                    self._watched(node, env[node])
             else:
                 target = str(spec.target)
                 value = program.state_dict.get(target, program.constants.get(target))
@@ -170,8 +174,15 @@ class _Builder:
             elif node.op == "call_function":
                 args = fx.node.map_arg(node.args, lambda n: env[n])
                 kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
-                env[node] = self._call(node, args, kwargs)
+                env[node] = result = self._call(node, args, kwargs)
+                if not self.mapped:
+                    self._watched(node, result)
         return None
+
+    def _watched(self, node: fx.Node, result: Any) -> None:
+        if lives := lives_of(node):
+            homes = [self.storages.get(t.untyped_storage()._cdata, -1) for t in _flat(result)]
+            self.lifetimes.add(lives, homes, len(self.ops) - 1)
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
@@ -488,6 +499,7 @@ class _Builder:
         returned = {tensors[i].storage for i in outputs}
         kept = {tensors[i].storage for i in carried}
         floating = {t.storage for t in tensors if t.dtype.startswith(("float", "bfloat")) and len(t.shape) > 1}
+        ends = self._ends(tensors)
         storages = []
         for index, (nbytes, role, name) in enumerate(self.roles):
             final = role
@@ -495,8 +507,18 @@ class _Builder:
                 final = Role.KV_CACHE if index in floating else Role.ACTIVATION
             elif role is Role.ACTIVATION and index in returned:
                 final = Role.KV_CACHE if index in kept else Role.OUTPUT
-            storages.append(Storage(nbytes=nbytes, role=final, name=name))
+            ends_with = ends.get(index) if role in (Role.ACTIVATION, Role.KV_CACHE) else None
+            storages.append(Storage(nbytes=nbytes, role=final, name=name, ends_with=ends_with))
         return tuple(storages)
+
+    def _ends(self, tensors: Sequence[Tensor]) -> dict[int, str]:
+        """The op with which each storage that was watched is gone, never before its last use; empty for the end."""
+        ends = self.lifetimes.ends(len(self.ops))
+        for index, op in enumerate(self.ops):
+            for storage in {tensors[i].storage for i in op.inputs} & ends.keys():
+                ends[storage] = max(ends[storage], index)
+        names = [*(op.name for op in self.ops), ""]
+        return {storage: names[max(index, 0)] for storage, index in ends.items()}
 
     def _unprefixed(self, path: str) -> str:
         if path == self.prefix:

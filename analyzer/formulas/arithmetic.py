@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import zip_longest
 
-from ..cost import Call
+from ..cost import Call, Gemm
 from ..graph import ITEM_BITS, Tensor
 
 _REAL = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
@@ -31,6 +31,11 @@ def multiply_adds(dtype: str, count: float) -> dict[str, float]:
     if not count:
         return {}
     return {_REAL[dtype]: 8.0 * count} if is_complex(dtype) else {dtype: 2.0 * count}
+
+
+def products(m: int, n: int, k: int, batch: int = 1) -> tuple[Gemm, ...]:
+    """The shape of `batch` products of an (m, k) by a (k, n) matrix; empty where there is nothing to multiply."""
+    return (Gemm(batch=batch, m=m, n=n, k=k),) if batch and m and n and k else ()
 
 
 def promoted(tensors: Iterable[Tensor]) -> str:

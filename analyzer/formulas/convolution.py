@@ -11,7 +11,7 @@ from math import prod
 
 from ..cost import Call, Cost, Gemm, formula
 from ..graph import Tensor
-from .arithmetic import is_complex, multiply_adds, reach, vector
+from .arithmetic import is_complex, multiply_adds, products, reach, vector
 from .parts import in_parts
 
 
@@ -58,6 +58,7 @@ def conv_transpose(call: Call) -> Cost:
         matmul=_products(source, source.numel * prod(weight.shape[1:])),
         vector=vector(out.dtype, out.numel if call.optional("bias") else 0),
         tf32=source.dtype == "float32",
+        gemms=_transposed_gemms(call, source, weight),
     )
 
 
@@ -70,6 +71,7 @@ def conv_tbc(call: Call) -> Cost:
         matmul=_products(source, out.numel * width * channels),
         vector=vector(out.dtype, out.numel),
         tf32=source.dtype == "float32",
+        gemms=products(out.numel // max(out.shape[-1], 1), out.shape[-1], width * channels),
     )
 
 
@@ -86,6 +88,14 @@ def _as_gemms(call: Call, weight: Tensor, out: Tensor) -> tuple[Gemm, ...]:
         return ()
     positions = out.numel // channels
     return (Gemm(batch=groups, m=positions, n=channels // groups, k=prod(weight.shape[1:])),)
+
+
+def _transposed_gemms(call: Call, source: Tensor, weight: Tensor) -> tuple[Gemm, ...]:
+    # input positions x output channels of a group and filter, over input channels of a group
+    if is_complex(source.dtype):
+        return ()
+    groups, channels = call.integer("groups", 1), weight.shape[0]
+    return products(source.numel // max(channels, 1), prod(weight.shape[1:]), channels // groups, groups)
 
 
 def _products(source: Tensor, count: int) -> dict[str, float]:

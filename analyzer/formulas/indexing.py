@@ -8,9 +8,10 @@ the table.
 
 from math import prod
 
-from ..cost import Call, Cost, formula
+from ..cost import Call, Cost, formula, operator_name
 from ..graph import Tensor, TensorRef
-from .arithmetic import broadcast, item_bytes, reach, vector
+from .arithmetic import broadcast, reach, vector
+from .parts import Kernels
 
 
 @formula("aten.embedding")
@@ -55,7 +56,7 @@ def index_put(call: Call) -> Cost:
     ]
     if any(p is not None and p.dtype in ("bool", "uint8") for p in picks):
         if values.numel == 1:
-            return call.cost(vector=vector(target.dtype, target.numel))
+            return _filled_under_mask(call)
         hit = min(values.numel, target.numel)
     else:
         hit = _selected(target, picks)
@@ -97,9 +98,11 @@ def masked_scatter(call: Call) -> Cost:
 
 @formula("aten.one_hot")
 def one_hot(call: Call) -> Cost:
-    """Zeros, and a one per index."""
-    indices = call.tensor("self")
-    return call.cost(writes=reach(call, call.output) + indices.numel * item_bytes(call.output))
+    """Zeros, then a one per index (Onehot.cpp)."""
+    run = Kernels(call)
+    run.kernel("zeros", (), run.result())
+    run.kernel("scatter_", run.given("self"), run.result(call.tensor("self").numel))
+    return run.cost()
 
 
 @formula("aten.nonzero_static")
@@ -107,6 +110,16 @@ def nonzero_static(call: Call) -> Cost:
     """A comparison per element; the result has a given size."""
     source = call.tensor("self")
     return call.cost(vector=vector(source.dtype, source.numel))
+
+
+def _filled_under_mask(call: Call) -> Cost:
+    target = call.tensor("self")
+    if call.op.mutates:
+        return call.cost(vector=vector(target.dtype, target.numel))
+    run = Kernels(call)
+    result = run.kernel("clone", run.given("self"), run.result())
+    run.kernel("masked_fill_", (result, *run.others("self")), result, flops=target.numel)
+    return run.cost()
 
 
 def _gather(call: Call, name: str) -> Cost:
@@ -127,7 +140,24 @@ def _scatter(
     if "self" in call.op.mutates:
         before = touched if accumulate else 0
         return call.cost(vector=work, reads={**(reads or {}), "self": before}, writes=touched)
-    return call.cost(vector=work, reads=reads, writes=reach(call, call.output) + touched)
+    if call.op.mutates:
+        return call.cost(vector=work, reads=reads, writes=reach(call, call.output) + touched)
+    run, name = Kernels(call), operator_name(call.op.target).removeprefix("aten.")
+    for _ in range(2 if name == "scatter_reduce" else 1):  # whose caller and callee both copy
+        run.kernel("copy_" if name.startswith(_COPIES_ITSELF) else "clone", run.given("self"), run.result())
+    hit_again = run.result(hit)
+    run.kernel(
+        name if name.startswith(_COPIES_ITSELF) else "_index_put_impl_" if "index_put" in name else f"{name}_",
+        (*run.others("self", reads=reads), *((hit_again,) if accumulate else ())),
+        hit_again,
+        flops=sum(work.values()),
+        dtype=next(iter(work), ""),
+    )
+    return run.cost()
+
+
+_COPIES_ITSELF = ("scatter", "index_copy", "index_add", "index_reduce")
+"""Structured kernels, which copy `self` into their result before they begin (TensorAdvancedIndexing.cpp)."""
 
 
 def _selected(target: Tensor, picks: list[Tensor | None]) -> int:

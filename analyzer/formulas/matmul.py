@@ -7,13 +7,17 @@ and `beta` of the addmm family are vector FLOPs, one per result element. An oper
 be a view: ATen's `_matmul_impl` and `should_fold` (aten/src/ATen/native/LinearAlgebra.cpp).
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from operator import mul
 
 from ..cost import Call, Cost, Gemm, formula, operator_name, unpriced
 from ..graph import Role, Tensor, TensorRef
-from .arithmetic import broadcast, is_complex, item_bytes, multiply_adds, number, vector
+from .arithmetic import broadcast, is_complex, item_bytes, multiply_adds, number, products, vector, wrapped
 from .attention_kernels import broadcast_shape, expanded, folds
-from .parts import in_parts, tensor_index
+from .parts import Buffer, Kernels, in_parts, is_contiguous, tensor_index
 
 
 @formula("aten.linear")
@@ -29,9 +33,9 @@ def linear(call: Call) -> Cost:
     cost = call.cost(
         matmul=multiply_adds(source.dtype, out.numel * inner),
         vector=vector(out.dtype, bias),
-        gemms=_gemms(1, out.numel // max(columns, 1), columns, inner),
+        gemms=products(out.numel // max(columns, 1), columns, inner),
     )
-    if len(source.shape) <= _MATRIX or _is_contiguous(source):
+    if len(source.shape) <= _MATRIX or is_contiguous(source):
         return cost
     views = folds(source.shape[:-1], source.stride[:-1])
     trained = call.graph.role(tensor_index(call, "weight")) is Role.WEIGHT
@@ -60,7 +64,7 @@ def matmul(call: Call) -> Cost:
     if len(right.shape) <= _MATRIX:
         batch, rows = 1, batch * rows
     cost = call.cost(
-        matmul=multiply_adds(left.dtype, call.output.numel * inner), gemms=_gemms(batch, rows, columns, inner)
+        matmul=multiply_adds(left.dtype, call.output.numel * inner), gemms=products(rows, columns, inner, batch)
     )
     if operator_name(call.op.target) not in ("aten.matmul", "aten.linalg_matmul"):
         return cost
@@ -113,10 +117,23 @@ def addr(call: Call) -> Cost:
 
 @formula("aten.tensordot")
 def tensordot(call: Call) -> Cost:
-    """One matrix product over the listed dimensions."""
-    left = call.tensor("self")
-    inner = prod(left.shape[d] for d in call.integers("dims_self"))
-    return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * inner))
+    """One matrix product over the listed dimensions; an operand that is no matrix as it lies is copied (Linear.cpp)."""
+    left, right = call.tensor("self"), call.tensor("other")
+    over, across = call.integers("dims_self"), call.integers("dims_other")
+    inner, shared = (prod(t.shape[d] for d in dims) for t, dims in ((left, over), (right, across)))
+    if inner != shared or not call.output.shape or call.op.mutates:
+        return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * inner))
+    rows, columns = left.numel // max(inner, 1), right.numel // max(inner, 1)
+    run = Kernels(call, left.dtype)
+    operands: list[Buffer] = []
+    for name, tensor, dims in (("self", left, over), ("other", right, across)):
+        summed = [wrapped(d, len(tensor.shape)) for d in dims]
+        groups = [summed, [d for d in range(len(tensor.shape)) if d not in summed]]
+        lies_so = all(folds(*_along(tensor, group)) for group in groups)
+        operand = run.argument(name)
+        operands.append(operand if lies_so else run.kernel("clone", (operand,), tensor.nbytes))
+    run.kernel("mm", operands, run.result(), product=Gemm(batch=1, m=rows, n=columns, k=inner))
+    return run.cost()
 
 
 @formula("aten.linalg_vecdot")
@@ -137,7 +154,7 @@ def multi_dot(call: Call) -> Cost:
         shapes[-1] = (*shapes[-1], 1)
     sizes = [shapes[0][0], *(s[1] for s in shapes)]
     count = len(chain)
-    best = {(i, i): (0, 0) for i in range(count)}  # multiply-adds and elements of intermediates, first to last
+    best = {(i, i): (0, 0, i) for i in range(count)}  # multiply-adds and elements of intermediates, first to last; cut
     for length in range(1, count):
         for first in range(count - length):
             last = first + length
@@ -145,27 +162,58 @@ def multi_dot(call: Call) -> Cost:
                 (
                     best[first, cut][0] + best[cut + 1, last][0] + sizes[first] * sizes[cut + 1] * sizes[last + 1],
                     best[first, cut][1] + best[cut + 1, last][1] + sizes[first] * sizes[last + 1],
+                    cut,
                 )
                 for cut in range(first, last)
             )
-    work, elements = best[0, count - 1]
-    between = max(elements - sizes[0] * sizes[-1], 0) * item_bytes(chain[0])
-    return call.cost(matmul=multiply_adds(chain[0].dtype, work), scratch_read=between, scratch_written=between)
+    run = Kernels(call, chain[0].dtype)
+    matrices = run.others()
+
+    def product(first: int, last: int) -> Buffer:
+        if first == last:
+            return matrices[first]
+        cut = best[first, last][2]
+        operands = product(first, cut), product(cut + 1, last)
+        rows, inner, columns = sizes[first], sizes[cut + 1], sizes[last + 1]
+        made = run.result() if last - first == count - 1 else rows * columns * item_bytes(chain[0])
+        return run.kernel("mm", operands, made, product=Gemm(batch=1, m=rows, n=columns, k=inner))
+
+    product(0, count - 1)
+    return run.cost()
 
 
 @formula("aten.linalg_matrix_power", "aten.matrix_power")
 def matrix_power(call: Call) -> Cost:
-    """Repeated squaring: a product a bit after the first, and one more a bit that is set."""
+    """Repeated squaring: a product a bit after the first, and one more a bit that is set (LinearAlgebra.cpp)."""
     matrix, power = call.tensor("self"), call.integer("n", 1)
     if power < 0:
         return unpriced(call)
-    products = max(power.bit_length() - 1, 0) + max(power.bit_count() - 1, 0)
-    between = max(products - 1, 0) * matrix.nbytes
-    return call.cost(
-        matmul=multiply_adds(matrix.dtype, products * matrix.numel * matrix.shape[-1]),
-        scratch_read=between,
-        scratch_written=between,
-    )
+    left = max(power.bit_length() - 1, 0) + max(power.bit_count() - 1, 0)
+    if not left:
+        return call.cost()
+    run, size = Kernels(call, matrix.dtype), matrix.shape[-1]
+    gemm = Gemm(batch=matrix.numel // max(size * size, 1), m=size, n=size, k=size)
+    name = "mm" if len(matrix.shape) == _MATRIX else "bmm"
+
+    def product(one: Buffer, other: Buffer) -> Buffer:
+        nonlocal left
+        left -= 1
+        return run.kernel(name, (one, other), matrix.nbytes if left else run.result(), product=gemm)
+
+    (square,) = run.given("self")
+    if power == _CUBE:
+        product(product(square, square), square)
+        return run.cost()
+    total: Buffer | None = None
+    while power:
+        if power & 1:
+            total = square if total is None else product(total, square)
+        power >>= 1
+        square = product(square, square) if power else square
+    return run.cost()
+
+
+_CUBE = 3
 
 
 @formula("aten.bilinear")
@@ -193,12 +241,7 @@ def cdist(call: Call) -> Cost:
     features, p, mode = left.shape[-1], number(call, "p", 2.0), call.integer("compute_mode", 0)
     product = p == 2 and (mode == 1 or (mode == 0 and max(left.shape[-2], right.shape[-2]) > 25))
     if product:
-        norms = 2 * (left.numel + right.numel)
-        return call.cost(
-            matmul=multiply_adds(left.dtype, out.numel * (features + 2)),
-            vector=vector(left.dtype, norms + out.numel),
-            special=out.numel,
-        )
+        return _distances_by_product(call, left, right)
     power = 0 if p in (0, 1, 2, float("inf")) else features
     root = p not in (0, 1, float("inf"))
     return call.cost(vector=vector(left.dtype, 3 * out.numel * features), special=out.numel * (power + root))
@@ -208,49 +251,96 @@ def cdist(call: Call) -> Cost:
 def einsum(call: Call) -> Cost:
     """Pairs of operands contracted as PyTorch does: left to right, or along the `path` it was given.
 
-    An index found in one operand of the pair and nowhere else is summed first; an index found in both and
-    nowhere else is contracted, and the pair costs the product of all its index sizes in multiply-adds. When
-    nothing is contracted the pair is multiplied elementwise. Results between pairs are written and read.
+    An index found in one operand of the pair and nowhere else is summed first; an index found in both and nowhere else
+    is contracted in a batched product, before which an operand is copied that is no batch of matrices as it lies. When
+    nothing is contracted the pair is multiplied elementwise. `einsum` and `sumproduct_pair` of Linear.cpp.
     """
-    operands = call.tensors("tensors")
-    parsed = _subscripts(str(call.arg("equation")), operands)
+    tensors = call.tensors("tensors")
+    parsed = _subscripts(str(call.arg("equation")), tensors)
     if parsed is None:
         return unpriced(call)
     terms, result, size = parsed
-    dtype = operands[0].dtype
+    order = [*result, *sorted(set().union(*terms) - set(result))]
+    run, item = Kernels(call, tensors[0].dtype), item_bytes(tensors[0])
+    step = _Contraction(run, order, size, item, 6 if is_complex(tensors[0].dtype) else 1)
+    operands = list(zip(run.others(), terms, strict=True))
     path = list(call.integers("path"))
-    products, flops, between = 0, 0, 0
-    while len(terms) > 1:
+    while len(operands) > 1:
         first, second = sorted((path.pop(0), path.pop(0))) if path else (0, 1)
-        right, left = terms.pop(second), terms.pop(first)
-        needed = result.union(*terms)
-        for term, other in ((left, right), (right, left)):
-            alone = {i for i in term - other - needed if size[i] > 1}
-            if alone:
-                flops += _volume(term, size)
-                term -= alone
-        contracted = {i for i in left & right - needed if size[i] > 1}
-        work = _volume(left | right, size)
-        products += work if contracted else 0
-        flops += 0 if contracted else work
-        made = (left | right) - contracted
-        terms.insert(len(terms) if call.arg("path") is not None else 0, made)
-        between += _volume(made, size) if len(terms) > 1 else 0
-    if terms[0] - result:
-        flops += _volume(terms[0], size)
-    return call.cost(
-        matmul=multiply_adds(dtype, products),
-        vector=vector(dtype, flops * (6 if is_complex(dtype) else 1)),
-        scratch_read=between * item_bytes(operands[0]),
-        scratch_written=between * item_bytes(operands[0]),
-    )
+        right, left = operands.pop(second), operands.pop(first)
+        needed = set(result).union(*(term for _, term in operands))
+        left, right = (step.without(one, one[1].keys() - other[1].keys() - needed) for one, other in _both(left, right))
+        made = step.product(left, right, needed, run.result() if not operands else None)
+        operands.insert(len(operands) if call.arg("path") is not None else 0, made)
+    buffer, term = operands[0]
+    if any(size[i] > 1 or len(tensors) == 1 for i in term.keys() - set(result)):
+        run.kernel("sum", (buffer,), run.result(), flops=step.volume(term))
+    return run.cost()
+
+
+_Operand = tuple[Buffer, dict[str, int]]
+"""Memory, and the stride of each index."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Contraction:
+    """Steps of an einsum: indices in the order of their dimensions, their sizes, bytes of an element, FLOPs of one."""
+
+    run: Kernels
+    order: list[str]
+    size: dict[str, int]
+    item: int
+    flops: int
+
+    def volume(self, indices: Iterable[str]) -> int:
+        return prod(self.size[i] for i in indices)
+
+    def without(self, operand: _Operand, indices: set[str]) -> _Operand:
+        """An operand summed over indices."""
+        buffer, term = operand
+        alone = {i for i in indices if self.size[i] > 1}
+        if not alone:
+            return operand
+        kept = self._dense([i for i in self.order if i in term.keys() - alone])
+        nbytes = self.volume(kept) * self.item
+        return self.run.kernel("sum", (buffer,), nbytes, flops=self.volume(term) * self.flops), kept
+
+    def product(self, left: _Operand, right: _Operand, needed: set[str], result: Buffer | None) -> _Operand:
+        """Two operands multiplied, and summed over what both have and nobody needs."""
+        both = left[1].keys() & right[1].keys()
+        contracted = [i for i in self.order if i in both - needed and self.size[i] > 1]
+        made = [i for i in self.order if i in left[1].keys() | right[1].keys() and i not in contracted]
+        target = result or self.volume(made) * self.item
+        if not contracted:
+            work = self.volume(made) * self.flops
+            return self.run.kernel("mul", (left[0], right[0]), target, flops=work), self._dense(made)
+        batch = [i for i in made if i in both]
+        rows, columns = ([i for i in made if i in side[1] and i not in both] for side in (left, right))
+        operands = [
+            self._as_matrices(operand, (batch, own, contracted)) for operand, own in ((left, rows), (right, columns))
+        ]
+        m, n = self.volume(rows), self.volume(columns)
+        gemm = Gemm(batch=self.volume(batch), m=m, n=n, k=self.volume(contracted))
+        swapped = rows and columns and self.order.index(columns[-1]) < self.order.index(rows[0])
+        lies = [*batch, *columns, *rows] if swapped else [*batch, *rows, *columns]
+        return self.run.kernel("bmm", operands, target, product=gemm), self._dense(lies)
+
+    def _as_matrices(self, operand: _Operand, groups: tuple[list[str], ...]) -> Buffer:
+        buffer, term = operand
+        if all(folds(tuple(self.size[i] for i in group), tuple(term[i] for i in group)) for group in groups):
+            return buffer
+        return self.run.kernel("clone", (buffer,), self.volume(term) * self.item)
+
+    def _dense(self, indices: list[str]) -> dict[str, int]:
+        strides = accumulate((self.size[i] for i in reversed(indices)), mul, initial=1)
+        return dict(zip(reversed(indices), strides, strict=False))
+
+
+def _both(left: _Operand, right: _Operand) -> tuple[tuple[_Operand, _Operand], tuple[_Operand, _Operand]]:
+    return (left, right), (right, left)
 
 
 _MATRIX = 2
-
-
-def _gemms(batch: int, m: int, n: int, k: int) -> tuple[Gemm, ...]:
-    return (Gemm(batch=batch, m=m, n=n, k=k),) if batch and m and n and k else ()
 
 
 def _copied(call: Call, left: Tensor, right: Tensor) -> dict[str, int]:
@@ -270,11 +360,6 @@ def _copied(call: Call, left: Tensor, right: Tensor) -> dict[str, int]:
     return {n: t.nbytes for n, t in wide.items() if not folds(t.shape[:-2], t.stride[:-2])}
 
 
-def _is_contiguous(tensor: Tensor) -> bool:
-    real = [step for size, step in zip(tensor.shape, tensor.stride, strict=True) if size != 1]
-    return folds(tensor.shape, tensor.stride) and (not real or real[-1] == 1)
-
-
 def _accumulated(call: Call, operand: str, results: int, special: float = 0.0, flops: float = 0.0) -> Cost:
     left, out = call.tensor(operand), call.output
     columns = out.shape[-1] if len(left.shape) > 1 and len(out.shape) > 1 else 1
@@ -286,16 +371,44 @@ def _accumulated(call: Call, operand: str, results: int, special: float = 0.0, f
         vector=vector(out.dtype, out.numel * ((beta != 0) + scales) + flops),
         special=special,
         reads={"self": 0} if beta == 0 else None,
-        gemms=_gemms(batch, left.shape[-2], columns, left.shape[-1]) if len(left.shape) > 1 else (),
+        gemms=products(left.shape[-2], columns, left.shape[-1], batch) if len(left.shape) > 1 else (),
     )
 
 
-def _volume(indices: set[str], size: dict[str, int]) -> int:
-    return prod(size[i] for i in indices)
+def _along(tensor: Tensor, dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of some dimensions."""
+    return tuple(tensor.shape[d] for d in dims), tuple(tensor.stride[d] for d in dims)
 
 
-def _subscripts(equation: str, operands: tuple[Tensor, ...]) -> tuple[list[set[str]], set[str], dict[str, int]] | None:
-    """Index sets of the operands and of the result, and index sizes; an ellipsis hides "0", "1", ...
+def _distances_by_product(call: Call, left: Tensor, right: Tensor) -> Cost:
+    # Distance.cpp, _euclidean_dist
+    run, item, features = Kernels(call, left.dtype), item_bytes(left), left.shape[-1]
+    rows, columns = left.shape[-2], right.shape[-2]
+    padded: dict[str, list[Buffer]] = {}
+    for name, tensor in (("x1", left), ("x2", right)):
+        (source,) = run.given(name)
+        count = tensor.numel // max(features, 1)
+        squares = run.kernel("pow", (source,), tensor.nbytes, flops=tensor.numel)
+        norm = run.kernel("sum", (squares,), count * item, flops=tensor.numel)
+        padded[name] = [source, norm, run.kernel("fill_", (), count * item)]
+    padded["x1"][0] = run.kernel("mul", padded["x1"][:1], left.nbytes)
+    wide = [
+        run.kernel("cat", padded[name], tensor.numel // max(features, 1) * (features + 2) * item)
+        for name, tensor in (("x1", left), ("x2", right))
+    ]
+    out = call.output
+    gemm = Gemm(batch=out.numel // max(rows * columns, 1), m=rows, n=columns, k=features + 2)
+    name = "mm" if len(out.shape) == _MATRIX else "bmm"
+    result = run.kernel(name, wide, run.result(), product=gemm)
+    run.kernel("clamp_min_", (result,), result, flops=out.numel)
+    run.kernel("sqrt_", (result,), result, special=out.numel)
+    return run.cost()
+
+
+def _subscripts(
+    equation: str, operands: tuple[Tensor, ...]
+) -> tuple[list[dict[str, int]], list[str], dict[str, int]] | None:
+    """Strides of the operands by index, indices of the result, index sizes; an ellipsis hides "0", "1", ...
 
     None when the equation does not fit the operands.
     """
@@ -306,23 +419,28 @@ def _subscripts(equation: str, operands: tuple[Tensor, ...]) -> tuple[list[set[s
     hidden = [len(t.shape) - len(s.replace(".", "")) if "." in s else 0 for s, t in zip(written, operands, strict=True)]
     spread = max(hidden)
     size: dict[str, int] = {}
-    terms: list[set[str]] = []
+    named: list[list[str]] = []
     for text, tensor, count in zip(written, operands, hidden, strict=True):
         names = _expanded(text, range(spread - count, spread))
         if len(names) != len(tensor.shape):
             return None
         for name, length in zip(names, tensor.shape, strict=True):
             size[name] = max(size.get(name, 1), length) if length else 0
-        terms.append(set(names))
+        named.append(names)
+    terms: list[dict[str, int]] = []
+    for names, tensor in zip(named, operands, strict=True):
+        term: dict[str, int] = {}
+        for name, length, step in zip(names, tensor.shape, tensor.stride, strict=True):
+            # a dimension that is broadcast belongs only to the operands in which it has a length
+            if length != 1 or size[name] <= 1:
+                term[name] = term.get(name, 0) + step
+        terms.append(term)
     if arrow:
-        result = set(_expanded(right, range(spread)))
+        result = _expanded(right, range(spread))
     else:
-        result = {c for c in left if c.isalpha() and left.count(c) == 1} | {str(d) for d in range(spread)}
-    # a dimension that is broadcast belongs only to the operands in which it has a length
-    for term, text, tensor, count in zip(terms, written, operands, hidden, strict=True):
-        names = _expanded(text, range(spread - count, spread))
-        term -= {n for n, length in zip(names, tensor.shape, strict=True) if length == 1 and size[n] > 1}
-    return terms, result & size.keys(), size
+        once = sorted(c for c in left if c.isalpha() and left.count(c) == 1)
+        result = [*(str(d) for d in range(spread)), *once]
+    return terms, [i for i in result if i in size], size
 
 
 def _expanded(text: str, hidden: range) -> list[str]:

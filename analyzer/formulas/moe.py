@@ -12,7 +12,7 @@ token chooses the same k, k/N of those experts. On average a GPU has that share 
 
 from ..cost import Call, Cost, formula
 from ..graph import Tensor
-from .arithmetic import multiply_adds, reach, vector
+from .arithmetic import multiply_adds, products, reach, vector
 
 
 @formula("aten._grouped_mm", "aten._scaled_grouped_mm", "aten._scaled_grouped_mm_v2")
@@ -41,6 +41,7 @@ def grouped_mm(call: Call) -> Cost:
         reads=reads,
         writes=writes,
         expected_reads=expected,
+        gemms=products(rows, right.shape[-1], left.shape[-1] * packed, left.shape[0] if ranks == (3, 3) else 1),
     )
 
 

@@ -6,9 +6,12 @@ is small) and writes its whole result; casting is no FLOP. Where the result is s
 that much is read.
 """
 
-from ..cost import Call, Cost, formula
+from math import prod
+
+from ..cost import Call, Cost, formula, operator_name
 from ..graph import Tensor
 from .arithmetic import item_bytes, reach, vector
+from .parts import Kernels
 
 
 @formula(
@@ -52,19 +55,12 @@ from .arithmetic import item_bytes, reach, vector
     "aten.channel_shuffle",
     "aten.native_channel_shuffle",
     "aten.im2col",
-    "aten.pad",
-    "aten.constant_pad_nd",
-    "aten._pad_circular",
-    "aten._pad_enum",
     "aten.reflection_pad1d",
     "aten.reflection_pad2d",
     "aten.reflection_pad3d",
     "aten.replication_pad1d",
     "aten.replication_pad2d",
     "aten.replication_pad3d",
-    "aten.diag",
-    "aten.diagflat",
-    "aten.diag_embed",
     "aten.max_unpool2d",
     "aten.max_unpool3d",
     "aten.alias_copy",
@@ -100,6 +96,49 @@ def copy_of_one(call: Call) -> Cost:
     return call.cost(reads=reads)
 
 
+@formula("aten.pad", "aten.constant_pad_nd", "aten._pad_circular", "aten._pad_enum")
+def pad(call: Call) -> Cost:
+    """Round a constant, the result is filled whole and the input copied into it (PadNd.cpp); one copy where it is cut.
+
+    In circles the input is copied in, then a strip for every side. Other modes are one kernel.
+    """
+    source, sides = call.tensor("self"), call.integers("pad")
+    circular = call.op.target.startswith("aten._pad_circular") or call.arg("mode") == "circular"
+    constant = call.op.target.startswith("aten.constant") or call.arg("mode") == "constant"
+    if call.op.mutates or not (circular or constant) or (constant and max(sides, default=0) <= 0):
+        return copy_of_one(call)
+    run = Kernels(call)
+    if constant:
+        run.kernel("fill_", (), run.result())
+    kept = _kept(source, sides)
+    run.kernel("copy_", (run.argument("self", prod(kept)),), run.result(prod(kept)))
+    if circular:
+        _copy_strips(run, call.output, sides)
+    return run.cost()
+
+
+@formula("aten.diag", "aten.diagflat", "aten.diag_embed")
+def diagonal(call: Call) -> Cost:
+    """Zeros, then a copy into the diagonal (TensorShape.cpp); `diag` of a matrix is one copy out of it."""
+    source = call.tensor("self")
+    if call.op.mutates or (operator_name(call.op.target) == "aten.diag" and len(source.shape) > 1):
+        return copy_of_one(call)
+    run = Kernels(call)
+    run.kernel("zeros", (), run.result())
+    run.kernel("copy_", run.given("self"), run.result(source.numel))
+    return run.cost()
+
+
+@formula("aten.block_diag")
+def block_diagonal(call: Call) -> Cost:
+    """Zeros, then a copy of every block."""
+    run = Kernels(call)
+    run.kernel("zeros", (), run.result())
+    for block, source in zip(call.tensors("tensors"), run.others(), strict=True):
+        run.kernel("copy_", (source,), run.result(block.numel))
+    return run.cost()
+
+
 @formula("aten.tril", "aten.triu")
 def triangle(call: Call) -> Cost:
     """The triangle that is kept is read, the whole result written."""
@@ -123,7 +162,6 @@ def triangle(call: Call) -> Cost:
     "aten.dstack",
     "aten.row_stack",
     "aten.column_stack",
-    "aten.block_diag",
     "aten.cartesian_prod",
     "aten.combinations",
     "aten.pad_sequence",
@@ -144,7 +182,12 @@ def copy(call: Call) -> Cost:
 @formula("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter", "aten.as_strided_scatter")
 def scatter_view(call: Call) -> Cost:
     """A copy of `self` with one view overwritten: the whole is copied, then the view is written again."""
-    return call.cost(writes=reach(call, call.output) + _overwritten(call))
+    if call.op.mutates:
+        return call.cost(writes=reach(call, call.output) + call.tensor("src").numel * item_bytes(call.output))
+    run = Kernels(call)
+    run.kernel("clone", run.given("self"), run.result())
+    run.kernel("copy_", run.given("src"), run.result(call.tensor("src").numel))
+    return run.cost()
 
 
 @formula("aten.fill_diagonal")
@@ -167,6 +210,16 @@ def one_element(call: Call) -> Cost:
     return call.cost()
 
 
-def _overwritten(call: Call) -> int:
-    source: Tensor = call.tensor("src")
-    return source.numel * item_bytes(call.output)
+def _kept(source: Tensor, sides: tuple[int, ...]) -> list[int]:
+    """The shape of what negative padding leaves of a tensor; sides are given from the last dimension on."""
+    shape = list(source.shape)
+    for order in range(len(sides) // 2):
+        shape[-1 - order] += min(sides[2 * order], 0) + min(sides[2 * order + 1], 0)
+    return shape
+
+
+def _copy_strips(run: Kernels, out: Tensor, sides: tuple[int, ...]) -> None:
+    for order, width in enumerate(sides):
+        if width > 0:
+            strip = run.result(out.numel // max(out.shape[-1 - order // 2], 1) * width)
+            run.kernel("copy_", (strip,), strip)

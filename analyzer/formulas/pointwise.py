@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from functools import partial
 
 from ..cost import Call, Cost, Status, formula, operator_name, unpriced
-from .arithmetic import is_complex, number, promoted, vector
+from ..graph import ITEM_BITS
+from .arithmetic import is_complex, item_bytes, number, promoted, vector
+from .parts import Buffer, Kernels
 
 _WORK: Mapping[tuple[float, float], str] = {
     (0, 0): "complex positive",
@@ -21,14 +23,13 @@ _WORK: Mapping[tuple[float, float], str] = {
         eq ne lt le gt ge not_equal less less_equal greater greater_equal
         logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
         bitwise_left_shift bitwise_right_shift __and__ __iand__ __or__ __ior__ __xor__ __ixor__
-        __lshift__ __ilshift__ __rshift__ __irshift__ masked_fill isnan isposinf isneginf isreal
+        __lshift__ __ilshift__ __rshift__ __irshift__ isnan isposinf isneginf isreal
     """,
     (2, 0): """
-        _add_relu leaky_relu prelu _prelu_kernel softshrink floor_divide frac heaviside isinf isfinite
+        _add_relu leaky_relu prelu _prelu_kernel softshrink floor_divide frac heaviside
     """,
     (3, 0): "lerp addcdiv nan_to_num hardsigmoid linalg_cross cross",
     (4, 0): "hardswish remainder fmod",
-    (7, 0): "isclose",
     (0, 1): """
         exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh asinh acosh
         atanh
@@ -124,7 +125,21 @@ def gelu(call: Call) -> Cost:
     return elementwise(call, 8 if call.arg("approximate") == "tanh" else 4, 1)
 
 
-@formula("aten.pow", "aten.float_power")
+@formula("aten.float_power")
+def float_power(call: Call) -> Cost:
+    """A power of float64, to which operands of another type are copied first."""
+    cost = power(call)
+    others = [name for name in ("self", "exponent") if (t := call.optional(name)) and t.dtype != call.output.dtype]
+    if call.op.mutates or not others or cost.status is not Status.PRICED:
+        return cost
+    run = Kernels(call)
+    wide = item_bytes(call.output)
+    copies = [run.kernel("_to_copy", run.given(name), call.tensor(name).numel * wide) for name in others]
+    run.kernel("pow", (*copies, *run.others(*others)), run.result(), flops=cost.vector_flops, special=cost.special)
+    return run.cost()
+
+
+@formula("aten.pow")
 def power(call: Call) -> Cost:
     """Exponents 2 and 3 are products, -1 and -2 divisions too; any other power is one transcendental.
 
@@ -151,12 +166,82 @@ def mvlgamma(call: Call) -> Cost:
     return elementwise(call, terms, terms)
 
 
+@formula("aten.masked_fill")
+def masked_fill(call: Call) -> Cost:
+    """A selection per element; out of place the input is copied first (TensorAdvancedIndexing.cpp)."""
+    cost = elementwise(call, 1)
+    if call.op.mutates:
+        return cost
+    run = Kernels(call)
+    result = run.kernel("clone", run.given("self"), run.result())
+    run.kernel("masked_fill_", (result, *run.others("self")), result, flops=cost.vector_flops, dtype=_dtype(cost))
+    return run.cost()
+
+
 @formula("aten.where")
 def where(call: Call) -> Cost:
-    """A selection. Given only a condition it is `nonzero`, whose result's size depends on data: unpriced."""
+    """A selection; a number becomes a tensor of one element first, in a kernel of its own (TensorCompare.cpp).
+
+    Given only a condition it is `nonzero`, whose result's size depends on data: unpriced.
+    """
     if len(call.outputs) != 1 or len(call.op.args) < 3:
         return unpriced(call)
-    return elementwise(call, 1)
+    cost = elementwise(call, 1)
+    numbers = sum(call.optional(name) is None for name in ("self", "other"))
+    if call.op.mutates or not numbers:
+        return cost
+    run = Kernels(call)
+    made = [run.kernel("fill_", (), item_bytes(call.output)) for _ in range(numbers)]
+    run.kernel("where", (*run.others(), *made), run.result(), flops=cost.vector_flops, dtype=_dtype(cost))
+    return run.cost()
+
+
+@formula("aten.isfinite", "aten.isinf")
+def finite(call: Call) -> Cost:
+    """Magnitudes compared with infinity; a finite number is equal to itself too (TensorCompare.cpp).
+
+    Integers are not looked at: the result is filled.
+    """
+    source = call.tensor("self")
+    if is_complex(source.dtype):
+        return elementwise(call, 2)
+    if "float" not in source.dtype:
+        return call.cost(reads={"self": 0})
+    run, count = Kernels(call, source.dtype), source.numel
+    x = run.argument("self")
+    size = run.kernel("abs", (x,), source.nbytes, flops=count)
+    if call.op.target.startswith("aten.isinf"):
+        run.kernel("eq", (size,), run.result(), flops=count)
+        return run.cost()
+    known, bounded = (run.kernel(name, (of,), count, flops=count / 2) for name, of in (("eq", x), ("ne", size)))
+    run.kernel("mul", (known, bounded), run.result())
+    return run.cost()
+
+
+@formula("aten.isclose")
+def isclose(call: Call) -> Cost:
+    """Equal, or a difference within the tolerance and finite: a kernel for every step (TensorCompare.cpp)."""
+    run, out = Kernels(call), call.output
+    left, right = run.argument("self"), run.argument("other")
+    dtype, count = promoted(call.inputs), out.numel
+    if "float" not in dtype or call.flag("equal_nan"):
+        return elementwise(call, 7)
+    wide, narrow = count * ITEM_BITS[dtype] // 8, count
+    tolerance = call.tensor("other")
+
+    def step(name: str, reads: tuple[Buffer, ...], writes: Buffer | int, flops: int = count) -> Buffer:
+        return run.kernel(name, reads, writes, flops=flops, dtype=dtype)
+
+    close = step("eq", (left, right), run.result())
+    scaled = step("mul", (right,), tolerance.nbytes, tolerance.numel)
+    allowed = step("add", (step("abs", (scaled,), tolerance.nbytes, tolerance.numel),), tolerance.nbytes, 0)
+    error = step("abs", (step("sub", (left, right), wide),), wide, 0)
+    size = step("abs", (error,), wide, 0)
+    finite = step("mul", (step("eq", (error, error), narrow, 0), step("ne", (size,), narrow, 0)), narrow, 0)
+    within = step("le", (error, allowed), narrow)
+    step("bitwise_and_", (within, finite), within)
+    step("bitwise_or_", (close, within), close)
+    return run.cost()
 
 
 @formula("aten.rrelu", "aten.rrelu_with_noise")
@@ -179,3 +264,7 @@ def dropout(call: Call) -> Cost:
     count = call.output.numel
     mask = 0 if len(call.outputs) > 1 else count
     return call.cost(vector=vector(call.output.dtype, 2 * count), scratch_written=mask)
+
+
+def _dtype(cost: Cost) -> str:
+    return next(iter(cost.vector), "")

@@ -5,9 +5,9 @@ dtype that the matrix units multiply in: the activations' for weight-only scheme
 and int8. The ops of `fxroof` are those that quantised transformers models are traced to (see `packed`).
 """
 
-from ..cost import Call, Cost, formula
+from ..cost import Call, Cost, Gemm, formula
 from ..graph import Tensor
-from .arithmetic import item_bytes, multiply_adds, vector
+from .arithmetic import item_bytes, multiply_adds, products, vector
 from .moe import experts_read, own_bytes, own_rows
 
 
@@ -15,7 +15,9 @@ from .moe import experts_read, own_bytes, own_rows
 def int_mm(call: Call) -> Cost:
     """Products of int8 by int8 into int32."""
     left = call.tensor("self")
-    return call.cost(matmul=multiply_adds(left.dtype, call.output.numel * left.shape[-1]))
+    return call.cost(
+        matmul=multiply_adds(left.dtype, call.output.numel * left.shape[-1]), gemms=_product(left, call.output)
+    )
 
 
 @formula("aten._weight_int8pack_mm", "aten._mixed_dtypes_linear")
@@ -30,6 +32,7 @@ def weight_int8(call: Call) -> Cost:
         matmul=multiply_adds(left.dtype, out.numel * left.shape[-1]),
         vector=vector(out.dtype, out.numel + bias + activation + 2 * silu),
         special=silu,
+        gemms=_product(left, out),
     )
 
 
@@ -41,6 +44,7 @@ def weight_int4(call: Call) -> Cost:
     return call.cost(
         matmul=multiply_adds(left.dtype, out.numel * inner),
         vector=vector(out.dtype, 2 * out.shape[-1] * inner),
+        gemms=_product(left, out),
     )
 
 
@@ -53,6 +57,7 @@ def scaled_mm(call: Call) -> Cost:
     return call.cost(
         matmul=multiply_adds(left.dtype, out.numel * left.shape[-1] * packed),
         vector=vector(out.dtype, out.numel + bias),
+        gemms=_product(left, out, packed),
     )
 
 
@@ -130,6 +135,7 @@ def linear_scaled(call: Call) -> Cost:
         matmul=multiply_adds(left.dtype, out.numel * inner),
         vector=vector(out.dtype, 2 * groups * out.numel + bias),
         reads={"x": 0, "x_scale": 0} if _quantises_as_it_loads(call) else None,
+        gemms=_product(left, out),
         scratch_read=between,
         scratch_written=between,
     )
@@ -150,6 +156,7 @@ def linear_packed(call: Call) -> Cost:
         vector=_work({left.dtype: 2 * out.shape[-1] * inner}, vector(out.dtype, bias)),
         scratch_read=reordered,
         scratch_written=reordered,
+        gemms=_product(left, out),
     )
 
 
@@ -181,6 +188,7 @@ def grouped_linear(call: Call) -> Cost:
         reads=reads | {"x": own_bytes(call, left)},
         writes=own_bytes(call, out),
         expected_reads=expected,
+        gemms=products(own, out.shape[-1], inner),
     )
 
 
@@ -239,7 +247,13 @@ def _mxfp4(
         scratch_read=between,
         scratch_written=between,
         note=f"mxfp4 weights are widened to {left.dtype}",
+        gemms=products(own_rows(call, rows), results // max(own_rows(call, rows), 1), left.shape[-1]),
     )
+
+
+def _product(left: Tensor, out: Tensor, packed: int = 1) -> tuple[Gemm, ...]:
+    columns = out.shape[-1] if out.shape else 1
+    return products(out.numel // max(columns, 1), columns, left.shape[-1] * packed)
 
 
 def _read_of_experts(call: Call, names: tuple[str, ...], rows: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -8,7 +8,8 @@ from functools import partial
 from math import prod
 
 from ..cost import Call, Cost, formula, unpriced
-from .arithmetic import broadcast, is_complex, promoted, vector
+from .arithmetic import broadcast, is_complex, item_bytes, promoted, vector
+from .parts import Kernels
 from .pointwise import elementwise
 
 
@@ -47,13 +48,51 @@ formula(
     "aten.segment_reduce",
 )(partial(_reduce, flops=1))
 formula("aten.aminmax", "aten._aminmax")(partial(_reduce, flops=2))
-formula("aten.mean", "aten.nanmean")(partial(_reduce, flops=1, finish=1))
+formula("aten.mean")(partial(_reduce, flops=1, finish=1))
 formula("aten.var", "aten.var_mean")(partial(_reduce, flops=4, finish=2))  # mean, subtract, square, add
 formula("aten.std", "aten.std_mean")(partial(_reduce, flops=4, finish=2, roots=1))
-formula("aten.logsumexp", "aten.special_logsumexp")(
-    partial(_reduce, flops=3, special=1, finish=1, roots=1)  # maximum, subtract, exp, add; log, add
-)
 formula("aten.logcumsumexp", "aten._logcumsumexp")(partial(_reduce, flops=5, special=2))  # logaddexp
+
+
+@formula("aten.logsumexp", "aten.special_logsumexp")
+def logsumexp(call: Call) -> Cost:
+    """The largest of a row, exponentials of what is less, their sum, its logarithm: a kernel each (ReduceOps.cpp).
+
+    Largest values that are infinite are set to 0 in between.
+    """
+    source, out = call.tensor("self"), call.output
+    count, rows = source.numel, out.numel
+    if not count or is_complex(source.dtype) or "float" not in source.dtype:
+        return _reduce(call, 3, special=1, finish=1, roots=1)
+    run = Kernels(call)
+    x, result = run.argument("self"), run.result()
+    largest = run.kernel("amax", (x,), result.nbytes, flops=count)
+    size = run.kernel("abs", (largest,), result.nbytes)
+    infinite = run.kernel("eq", (size,), rows)
+    run.kernel("masked_fill_", (largest, infinite), largest)
+    less = run.kernel("sub", (x, largest), x.nbytes, flops=count)
+    run.kernel("exp_", (less,), less, special=count)
+    run.kernel("sum", (less,), result, flops=count)
+    run.kernel("log_", (result,), result, special=rows)
+    run.kernel("add_", (result, largest), result, flops=rows)
+    return run.cost()
+
+
+@formula("aten.nanmean")
+def nanmean(call: Call) -> Cost:
+    """Numbers that are not NaN counted, those summed, one divided by the other (ReduceOps.cpp)."""
+    source, rows = call.tensor("self"), call.output.numel
+    run, count = Kernels(call, source.dtype), source.numel
+    x = run.argument("self")
+    unknown = run.kernel("ne", (x,), count, flops=count)
+    known = run.kernel("logical_not", (unknown,), unknown.nbytes)
+    number = run.kernel("sum", (known,), rows * _INDEX_BYTES)
+    total = run.kernel("nansum", (x,), rows * item_bytes(call.output), flops=count)
+    run.kernel("div", (total, number), run.result(), flops=rows)
+    return run.cost()
+
+
+_INDEX_BYTES = 8
 
 
 @formula("aten.max", "aten.min")
@@ -81,16 +120,21 @@ def matrix_norm(call: Call) -> Cost:
 
 @formula("aten.dist")
 def dist(call: Call) -> Cost:
-    """The norm of a difference: 3 FLOPs an element."""
-    count = prod(broadcast(call.inputs))
-    return call.cost(vector=vector(call.output.dtype, 3 * count), special=1)
+    """A difference, written and read, and its norm: 3 FLOPs an element."""
+    run, count = Kernels(call), prod(broadcast(call.inputs))
+    difference = run.kernel("sub", run.others(), count * item_bytes(call.output), flops=count)
+    run.kernel("norm", (difference,), run.result(), flops=2 * count, special=1)
+    return run.cost()
 
 
 @formula("aten.pairwise_distance")
 def pairwise_distance(call: Call) -> Cost:
-    """Subtract, add eps, square, add: 4 FLOPs an element of the broadcast operands, a root per result."""
-    flops = 4 * prod(broadcast(call.inputs))
-    return call.cost(vector=vector(call.output.dtype, flops), special=call.output.numel)
+    """A difference, eps added to it, the norm of that: 4 FLOPs an element of the broadcast operands (Distance.cpp)."""
+    run, count = Kernels(call), prod(broadcast(call.inputs))
+    difference = run.kernel("sub", run.others(), count * item_bytes(call.output), flops=count)
+    moved = run.kernel("add", (difference,), difference.nbytes, flops=count)
+    run.kernel("norm", (moved,), run.result(), flops=2 * count, special=call.output.numel)
+    return run.cost()
 
 
 @formula("aten.trace")

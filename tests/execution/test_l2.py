@@ -156,6 +156,14 @@ def test_folding_a_run_of_layers_changes_nothing(layers: int, capacity: int) -> 
             assert found.written == pytest.approx(other[index].written)
 
 
+def test_what_a_cache_held_before_the_step_is_found_beside_the_rows_that_the_step_wrote() -> None:
+    sequence = [[Touch(0, 0, 2, lasting=True)], [Touch(0, 10, 0, lasting=True)]]
+    write, read = kept_at_best(fold(sequence, [0, 1]), 12, [True, True])
+    assert (write.written, read.read) == (2, 10)
+    write, read = kept_at_best(fold(sequence, [0, 1]), 6, [True, True])
+    assert write.written + read.read == 2 + 6, "the rows from kernel to kernel, six bytes from step to step"
+
+
 def test_a_kernel_repeated_on_the_same_buffers_moves_its_footprint_less_the_cache() -> None:
     sequence = [[Touch(0, 70, 0, lasting=True), Touch(1, 0, 50, lasting=True)]]
     fold_ = fold(sequence, [0])

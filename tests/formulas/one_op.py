@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from fxroof.analyzer.cost import Cost, bytes_by_role
 from fxroof.analyzer.graph import Arg, Graph, Op, Role, Storage, Tensor, TensorRef
@@ -73,8 +74,24 @@ def traffic_of(target: Any, *args: Any, tokens: int = 0, **kwargs: Any) -> tuple
     """Bytes read and written, several views of one storage capped by it; the op's own buffers included."""
     graph = graph_of(target, *args, tokens=tokens, **kwargs)
     (cost,) = price(graph, MI300X)
-    totals = bytes_by_role(graph, cost).values()
-    return sum(read for read, _ in totals), sum(written for _, written in totals)
+    return moved(graph, cost)
+
+
+def moved(graph: Graph, cost: Cost) -> tuple[int, int]:
+    """Bytes read and written by a kernel."""
+    pairs = bytes_by_role(graph, cost).values()
+    return sum(read for read, _ in pairs), sum(written for _, written in pairs)
+
+
+def add_up(graph: Graph, cost: Cost) -> None:
+    """Assert that the kernels of an op make the whole."""
+    parts = [part.cost for part in cost.parts]
+    if not parts:
+        return
+    assert sum(p.executed_matmul_flops for p in parts) == pytest.approx(cost.executed_matmul_flops)
+    assert sum(p.vector_flops for p in parts) == pytest.approx(cost.vector_flops)
+    assert sum(p.special for p in parts) == pytest.approx(cost.special)
+    assert tuple(map(sum, zip(*(moved(graph, p) for p in parts), strict=True))) == moved(graph, cost)
 
 
 def read_of(cost: Cost, graph: Graph, name: str) -> int:

@@ -1,8 +1,9 @@
 """Layers that are one operator: FLOPs of the same layer taken apart, as PyTorch's counter sees it."""
 
 import torch
-from formulas.one_op import cost_of
+from formulas.one_op import add_up, cost_of, graph_of
 from fxroof.analyzer.cost import Cost, Status
+from fxroof.analyzer.pricing import price
 from fxroof.hardware.catalog import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,11 +69,13 @@ def test_encoder_layer(batch: int, tokens: int, heads: int, hidden: int, norm_fi
         layer.norm1.weight, layer.norm1.bias, layer.norm2.weight, layer.norm2.bias,
         layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
     )  # fmt: skip
-    cost = cost_of(
+    graph = graph_of(
         aten._transformer_encoder_layer_fwd.default,
         x, width, heads, *(t.detach() for t in tensors), gelu, norm_first, 1e-5, *(t.detach() for t in rest),
-        gpu=H100,
     )  # fmt: skip
+    (cost,) = price(graph, H100)
+    add_up(graph, cost)
+    assert len(cost.parts) == 3 + 2 + 2 + 2
     assert cost.matmul_flops == flops_taken_apart(layer, x)
     rows = batch * tokens
     assert cost.special == batch * heads * tokens * tokens + 2 * rows + gelu * rows * hidden
@@ -89,7 +92,13 @@ def test_an_attention_layer_moves_what_its_kernels_pass_on() -> None:
     assert fused.scratch_read == fused.scratch_written == packed + context
     assert sum(a.read + a.written for a in fused.traffic) == once
     apart = cost_of(aten._native_multi_head_attention.default, *args, need_weights=True, gpu=H100)
-    assert apart.scratch_read == apart.scratch_written == 2 * packed + context + 2 * 4 * scores
+    between, mean = 2 * packed + context + 2 * 4 * scores, scores
+    assert apart.scratch_written == between
+    assert apart.scratch_read == between + 4 * scores + mean
+    assert [p.name.split(" ")[0] for p in fused.parts] == ["addmm", "scaled_dot_product_attention", "addmm"]
+    assert [p.name.split(" ")[0] for p in apart.parts] == [
+        "mm", "_transform_bias_rescale_qkv", "bmm", "_softmax", "bmm", "sum", "div_", "addmm",
+    ]  # fmt: skip
 
 
 def test_recurrent_layer_of_the_cpu_is_the_layer_of_the_gpu() -> None:

@@ -210,3 +210,44 @@ def test_expected_experts_are_the_mean_over_all_choices() -> None:
     draws = [len(set(choice)) for choice in product(range(experts), repeat=tokens)]
     (access,) = (a for a in cost.traffic if a.expected_read is not None)
     assert access.expected_read == round(expert * sum(draws) / len(draws))
+
+
+def half(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.bfloat16)
+
+
+def small(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.int8)
+
+
+LSTM = [meta(32, 6), meta(32, 8), meta(32), meta(32)]
+STATE = [meta(1, 2, 8), meta(1, 2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.linear.default, (meta(3, 5, 8), meta(6, 8))),
+        (aten.addmm.default, (meta(6), meta(5, 8), meta(8, 6))),
+        (aten.tensordot.default, (meta(2, 3, 4), meta(4, 3, 5), [1, 2], [1, 0])),
+        (aten.einsum.default, ("bhid,bhjd->bhij", [meta(2, 3, 4, 5), meta(2, 3, 6, 5)])),
+        (aten.linalg_multi_dot.default, ([meta(2, 3), meta(3, 4), meta(4, 5)],)),
+        (aten.linalg_matrix_power.default, (meta(2, 5, 5), 6)),
+        (aten.cdist.default, (meta(40, 8), meta(30, 8))),
+        (aten._int_mm.default, (small(32, 16), small(16, 8))),
+        (aten._weight_int8pack_mm.default, (half(4, 16), small(8, 16), half(8))),
+        (aten._grouped_mm.default, (half(24, 16), half(4, 16, 8), meta(4, dtype=torch.int32))),
+        (aten._grouped_mm.default, (half(4, 6, 16), half(4, 16, 8))),
+        (aten.conv2d.default, (meta(2, 4, 6, 6), meta(8, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], 2)),
+        (aten.conv_transpose2d.input, (meta(2, 4, 6, 6), meta(4, 3, 3, 3), None, [1, 1], [0, 0], [0, 0], 2)),
+        (aten.conv_tbc.default, (meta(9, 2, 4), meta(3, 4, 5), meta(5))),
+        (aten.lstm.input, (meta(7, 2, 6), STATE, LSTM, True, 1, 0.0, False, False, False)),
+        (aten.lstm.input, (meta(2, 7, 6), STATE, LSTM, True, 1, 0.0, False, False, True)),
+        (aten.lstm_cell.default, (meta(2, 6), [meta(2, 8), meta(2, 8)], *LSTM)),
+    ],
+    ids=lambda v: str(v) if "aten" in str(v) else "",
+)
+def test_products_say_their_shapes(target: Any, args: tuple[Any, ...]) -> None:
+    cost = cost_of(target, *args)
+    assert cost.gemms
+    assert sum(2 * g.batch * g.m * g.n * g.k for g in cost.gemms) == cost.executed_matmul_flops

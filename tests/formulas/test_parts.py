@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-from fxroof.analyzer.cost import Cost, bytes_by_role
+from formulas.one_op import add_up
 from fxroof.analyzer.graph import Graph
 from fxroof.analyzer.kernels import eager_kernels
 from fxroof.analyzer.meta import on_meta
@@ -103,7 +102,7 @@ def test_matmul_copies_as_pytorch_dispatches(data: st.DataObject) -> None:
     head_dim=st.sampled_from([20, 64, 300]),
     gpu=st.sampled_from(["h100_sxm", "t4", "mi300x", "m2_ultra"]),
 )
-def test_the_kernels_of_attention_add_up(
+def test_the_kernels_of_attentionadd_up(
     *, dtype: torch.dtype, mask: str, causal: bool, gqa: bool, head_dim: int, gpu: str
 ) -> None:
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -119,7 +118,7 @@ def test_the_kernels_of_attention_add_up(
 
     graph = traced(attend, [meta(2, 4, 24, head_dim), *keys, *([chosen] if chosen is not None else [])])
     (cost,) = (c for c in price(graph, load(gpu).gpu) if c.backend)
-    _add_up(graph, cost)
+    add_up(graph, cost)
     assert cost.backend != "math" or gpu == "m2_ultra" or len(cost.parts) > 6
 
 
@@ -130,16 +129,4 @@ def _agree(forward: Callable[..., torch.Tensor], args: list[torch.Tensor], weigh
     kernels = [k for k in eager_kernels(graph, price(graph, H100)) if "copy_" not in k.name]
     assert len(kernels) == len(seen.names), (seen.names, [k.name for k in kernels])
     assert sum(p.cost.scratch_written for p in cost.parts if p.name.startswith("copy")) == seen.copied
-    _add_up(graph, cost)
-
-
-def _add_up(graph: Graph, cost: Cost) -> None:
-    if not cost.parts:
-        return
-    parts = [part.cost for part in cost.parts]
-    assert sum(p.executed_matmul_flops for p in parts) == pytest.approx(cost.executed_matmul_flops)
-    assert sum(p.vector_flops for p in parts) == pytest.approx(cost.vector_flops)
-    assert sum(p.special for p in parts) == pytest.approx(cost.special)
-    for side in (0, 1):
-        whole = sum(pair[side] for pair in bytes_by_role(graph, cost).values())
-        assert sum(pair[side] for p in parts for pair in bytes_by_role(graph, p).values()) == whole
+    add_up(graph, cost)
