@@ -1,6 +1,6 @@
 """The command line. It alone prints, exits and looks at the environment. Only tracing a model imports torch.
 
-Exit codes: 0 done, 1 reserved for findings, 2 for anything that stopped the analysis, 130 when interrupted.
+Exit codes: 0 done, 1 findings as severe as --fail-on says, 2 what stopped the analysis, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     from .render.registry import Options
     from .report import Report
+    from .review import Selection
 
 EXIT_STOPPED = 2
+EXIT_FOUND = 1
 EXIT_INTERRUPTED = 130
 
 _MOST_SEQUENCES = 1_000_000
@@ -128,6 +130,19 @@ class _Memory(click.ParamType[int]):
             return 0
         power = "KMGT".index(match[2].upper()) + 1
         return max(int(float(match[1]) * (1024 if match[3] else 1000) ** power), 1)
+
+
+class _Share(click.ParamType[float]):
+    """A share such as `1%` or `0.01`, as a number."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(%?)", text)
+        if match is None:
+            self.fail(f"{value!r} is no share: for example 1% or 0.01.", param, ctx)
+        return float(match[1]) / (100 if match[2] else 1)
 
 
 def _complete_gpu(
@@ -256,6 +271,26 @@ def _complete_gpu(
     metavar="SIZE",
     help="Memory that it may take, such as 16GB; 0 for no limit.  [default: 80% of this machine's]",
 )
+@click.option("--select", multiple=True, metavar="RULE", help="Only these rules: codes, their beginnings, or names.")
+@click.option("--extend-select", multiple=True, metavar="RULE", help="These rules besides those of --select.")
+@click.option("--ignore", multiple=True, metavar="RULE", help="Not these rules.")
+@click.option("--rules", "rule_files", multiple=True, metavar="FILE", help="A Python file with rules of your own.")
+@click.option(
+    "--min-saving",
+    type=_Share(),
+    default="1%",
+    show_default=True,
+    metavar="SHARE",
+    help="Share of a phase that a finding has to save.",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(["error", "warning", "info", "never"]),
+    default="error",
+    show_default=True,
+    help="Findings of this severity and above end with exit code 1.",
+)
+@click.option("--exit-zero", is_flag=True, help="Exit with 0 whatever was found.")
 @click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Rows of the hotspot table.")
 @click.option(
     "--by",
@@ -292,6 +327,13 @@ def analyze(
     trust_remote_code: bool,
     timeout: int,
     memory_limit: int | None,
+    select: tuple[str, ...],
+    extend_select: tuple[str, ...],
+    ignore: tuple[str, ...],
+    rule_files: tuple[str, ...],
+    min_saving: float,
+    fail_on: str,
+    exit_zero: bool,
     top: int,
     by: str,
     format_: str,
@@ -318,9 +360,12 @@ def analyze(
     _check_destination(output)
     saved = _saved_report(target)
     gpus = tuple(dict.fromkeys(gpus))
+    from .review import Selection
+
+    selection = Selection(select=select, extend=extend_select, ignore=ignore, files=rule_files)
     if saved is not None:
         _refuse_tracing_options(ctx, target)
-        report = _repriced(saved, gpus, execution if _was_given(ctx, "execution") else None)
+        report = _repriced(ctx, saved, gpus, selection)
     elif not gpus:
         raise click.UsageError("Missing option '--gpu'. For example: --gpu h100; `fxroof gpus` lists all.", ctx)
     else:
@@ -348,6 +393,8 @@ def analyze(
                 dtype=dtype,
                 attention=attention,
                 execution=execution,
+                selection=selection,
+                least_saving=min_saving,
                 init=init,
                 inputs=inputs,
                 assume=assume,
@@ -363,7 +410,35 @@ def analyze(
     _deliver(text, output)
     for failure in report.failures:
         print_error(f"{failure.phase} was not analysed: {failure.message}", failure.hint)
-    return EXIT_STOPPED if report.failures else 0
+    if report.failures:
+        return EXIT_STOPPED
+    return EXIT_FOUND if not exit_zero and _fails(report, fail_on) else 0
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="The pages of all rules.")
+@click.option("-f", "--format", "format_", type=click.Choice(["terminal", "json"]), default="terminal")
+def rule(name: str | None, format_: str, *, everything: bool) -> None:
+    """List the rules, or show the page of one.
+
+    \b
+    Examples:
+      fxroof rule
+      fxroof rule KVC001
+      fxroof rule --all -f json
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+    from .render import _rules
+    from .review import Selection, load_rules, selected
+
+    rules, _ = load_rules()
+    chosen = selected(rules, Selection(select=(name,))) if name else rules
+    if format_ == "json":
+        _deliver(_rules.as_json(chosen), None)
+    elif name or everything:
+        _deliver("\n".join(map(_rules.page, chosen)), None)
+    else:
+        _deliver(_rules.listing(chosen, _options(None)), None)
 
 
 @main.command()
@@ -404,13 +479,30 @@ def _saved_report(target: str) -> Report | None:
     return read_report(path) if "schema_version" in head else None
 
 
-def _repriced(saved: Report, gpus: Sequence[str], execution: str | None) -> Report:
-    if not gpus and execution is None:
+_PRICING = ("execution", "select", "extend_select", "ignore", "rule_files", "min_saving")
+"""Options that ask for a saved report to be priced again, as --gpu does."""
+
+
+def _repriced(ctx: click.Context, saved: Report, gpus: Sequence[str], selection: Selection) -> Report:
+    if not gpus and not any(_was_given(ctx, name) for name in _PRICING):
         return saved
     from .pipeline import reprice
 
     known = next((phase.execution for run in saved.runs for phase in run.phases), "eager")
-    return reprice(saved, gpus=gpus or [run.gpu.key for run in saved.runs], execution=execution or known)
+    return reprice(
+        saved,
+        gpus=gpus or [run.gpu.key for run in saved.runs],
+        execution=ctx.params["execution"] if _was_given(ctx, "execution") else known,
+        selection=selection,
+        least_saving=ctx.params["min_saving"],
+    )
+
+
+def _fails(report: Report, fail_on: str) -> bool:
+    """Whether a finding is as severe as that, or more."""
+    order = ("error", "warning", "info")
+    failing = order[: order.index(fail_on) + 1] if fail_on in order else ()
+    return any(f.severity.value in failing and not f.suppressed for run in report.runs for f in run.findings)
 
 
 def _refuse_tracing_options(ctx: click.Context, target: str) -> None:

@@ -4,6 +4,7 @@ A target's code runs in a box, see `box.py`; its graphs come back and are priced
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..hardware.catalog import CATALOG_VERSION, Resolved
@@ -14,14 +15,18 @@ from .collectives import summary as exchanged
 from .cost import Cost, operator_name
 from .errors import CoverageError, FxroofError
 from .estimate import derating
+from .finding import Rule, Situation
 from .garbage import without_collection
 from .graph import Graph, Role
 from .handover import Traced, collect
 from .memory import BLOCK, memory
 from .report import GpuInfo, Report, Run, fxroof_version
 from .request import Request
+from .review import LEAST_SAVING, RuleFailure, Selection, load_rules, review, selected
+from .rewrite import Flow
 from .scenario import Scenario
 from .serving import serving
+from .suppressions import read_suppressions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +52,8 @@ def analyze(
     dtype: str = "as-is",
     attention: str = "sdpa",
     execution: str = "eager",
+    selection: Selection | None = None,
+    least_saving: float = LEAST_SAVING,
     init: str = "",
     inputs: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -71,6 +78,8 @@ def analyze(
         dtype: `as-is`, `bf16`, `fp16` or `fp32`.
         attention: `sdpa` or `eager`, for transformers models.
         execution: `eager` or `compiled`: whose bound and estimate are those of the phases.
+        selection: which rules run; all if not given.
+        least_saving: share of a phase's estimate that a finding has to save.
         init: an expression in the target's namespace that builds the model.
         inputs: `name=2x3x224x224:bf16` for inputs of forward given by hand.
         trust_remote_code: run code that a model repository brings.
@@ -90,12 +99,14 @@ def analyze(
     """
     names = _gpu_names(gpu, gpus)
     scenario = scenario or Scenario()
+    asked = _Asked(execution, selection or Selection(), least_saving)
+    rules_of(asked.selection)  # a typing error should not cost a trace
     if not isinstance(model, str):
         resolved = [load_gpu(name) for name in names]  # before the slow part: a typing error should not cost a trace
         from .capture import from_live
 
         frames = from_live(model, example_inputs, scenario, phase, dtype, assume)
-        return _priced(collect(frames, progress), resolved, execution, progress)
+        return _priced(collect(frames, progress), resolved, asked, progress)
     if example_inputs is not None:
         raise FxroofError(
             f"{model}: example_inputs go with a module; this is the name of one.",
@@ -117,11 +128,11 @@ def analyze(
         progress("importing torch")
         from .capture import from_request
 
-        return _priced(collect(from_request(request, debug=debug), progress), resolved, execution, progress)
+        return _priced(collect(from_request(request, debug=debug), progress), resolved, asked, progress)
     limits = box.Limits(seconds=timeout, memory=memory_limit)
     with box.Box(request, limits=limits, debug=debug) as child:
         resolved = [load_gpu(name) for name in names]  # while the child imports torch
-        return _priced(collect(child.frames(), progress), resolved, execution, progress)
+        return _priced(collect(child.frames(), progress), resolved, asked, progress)
 
 
 def analyze_model(
@@ -131,10 +142,17 @@ def analyze_model(
     from .capture import from_model
 
     resolved = [load_gpu(name) for name in gpus]
-    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, "eager", _silent)
+    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, _Asked(), _silent)
 
 
-def reprice(report: Report, *, gpus: Sequence[str], execution: str = "eager") -> Report:
+def reprice(
+    report: Report,
+    *,
+    gpus: Sequence[str],
+    execution: str = "eager",
+    selection: Selection | None = None,
+    least_saving: float = LEAST_SAVING,
+) -> Report:
     """The same graphs on other GPUs or in another execution; needs no torch. Errors as `analyze`."""
     traced = Traced(
         model=report.model,
@@ -143,7 +161,28 @@ def reprice(report: Report, *, gpus: Sequence[str], execution: str = "eager") ->
         failures=report.failures,
         torch_version=report.torch_version,
     )
-    return _priced(traced, [load_gpu(name) for name in gpus], execution, _silent)
+    return _priced(
+        traced, [load_gpu(name) for name in gpus], _Asked(execution, selection or Selection(), least_saving), _silent
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of the pricing side."""
+
+    execution: str = "eager"
+    selection: Selection = field(default_factory=Selection)
+    least_saving: float = LEAST_SAVING
+
+
+def rules_of(selection: Selection) -> tuple[tuple[Rule, ...], tuple[RuleFailure, ...]]:
+    """The rules that a selection names, and those that could not be loaded.
+
+    Raises:
+        RuleSelectionError: it names a rule that does not exist.
+    """
+    rules, failures = load_rules(selection.files)
+    return selected(rules, selection), failures
 
 
 def _gpu_names(gpu: str | None, gpus: Sequence[str]) -> tuple[str, ...]:
@@ -158,10 +197,10 @@ def _silent(_: str) -> None:
     pass
 
 
-def _priced(traced: Traced, resolved: Iterable[Resolved], execution: str, progress: Progress) -> Report:
+def _priced(traced: Traced, resolved: Iterable[Resolved], asked: _Asked, progress: Progress) -> Report:
     progress("pricing")
     with without_collection():
-        runs = tuple(_run(traced, gpu, execution) for gpu in resolved)
+        runs = tuple(_run(traced, gpu, asked) for gpu in resolved)
     return Report(
         fxroof_version=fxroof_version(),
         torch_version=traced.torch_version,
@@ -174,12 +213,41 @@ def _priced(traced: Traced, resolved: Iterable[Resolved], execution: str, progre
     )
 
 
-def _run(traced: Traced, resolved: Resolved, execution: str) -> Run:
+def _run(traced: Traced, resolved: Resolved, asked: _Asked) -> Run:
     gpu, graphs, scenario = resolved.gpu, traced.graphs, traced.scenario
-    analysed = [analyze_phase(graph, gpu, execution) for graph in graphs.values()]
+    analysed = [analyze_phase(graph, gpu, asked.execution) for graph in graphs.values()]
     phases = tuple(phase for phase, _ in analysed)
     covered = coverage(phases)
     _refuse_if_uncovered(covered)
+    needed = memory(
+        graphs,
+        dict(zip(graphs, (costs for _, costs in analysed), strict=True)),
+        gpu,
+        scenario,
+        parameter_bytes=traced.model.parameter_bytes,
+        growth=traced.model.cache,
+    )
+    rules, unloaded = rules_of(asked.selection)
+    found = review(
+        {
+            name: Situation(
+                graph=graph,
+                flow=Flow(graph),
+                costs=costs,
+                analysis=phase,
+                others={other.name: other for other in phases if other is not phase},
+                gpu=gpu,
+                scenario=scenario,
+                memory=needed,
+            )
+            for (name, graph), (phase, costs) in zip(graphs.items(), analysed, strict=True)
+        },
+        rules,
+        least_saving=asked.least_saving,
+        suppressions=read_suppressions(
+            op.anchor.file for graph in graphs.values() for op in graph.ops if op.anchor and not op.anchor.library
+        ),
+    )
     return Run(
         scenario=scenario,
         gpu=GpuInfo(
@@ -196,14 +264,11 @@ def _run(traced: Traced, resolved: Resolved, execution: str) -> Run:
         coverage=covered,
         phases=phases,
         assumptions=tuple(_assumptions(graphs, analysed, resolved)),
-        memory=memory(
-            graphs,
-            dict(zip(graphs, (costs for _, costs in analysed), strict=True)),
-            gpu,
-            scenario,
-            parameter_bytes=traced.model.parameter_bytes,
-            growth=traced.model.cache,
-        ),
+        findings=found.findings,
+        waterfall=found.waterfall,
+        rule_failures=(*unloaded, *found.failures),
+        unused_suppressions=found.unused_suppressions,
+        memory=needed,
         serving=serving(phases, scenario),
         derating=derating(gpu).figures,
     )
@@ -259,8 +324,8 @@ def _assumptions(
     widened = {n for phase, _ in analysed for op in phase.ops for n in op.note.split("; ") if "computed as" in n}
     yield from sorted(widened)
     yield (
-        "memory: KV cache at the end of the generation, activations of the phases analysed; these live as long as data "
-        "and calls need them; local variables may hold them longer, seen to double a mixture-of-experts prefill; "
+        "memory: KV cache at the end of the generation, activations of the phases analysed, for as long as the program "
+        "was seen to hold them while it was traced; "
         f"blocks of {BLOCK} B, no fragmentation; CUDA context and cuBLAS workspaces are assumed"
     )
     yield (

@@ -5,7 +5,7 @@
 """
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import msgspec
 from .analysis import Coverage, PhaseAnalysis
 from .errors import ReportFileError
 from .estimate import Derated
+from .finding import Finding, Step
 from .graph import Graph
 from .memory import CacheGrowth, Memory
+from .review import RuleFailure
 from .scenario import Scenario
 from .serving import Serving
 
@@ -71,14 +73,17 @@ class GpuInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One scenario on one GPU. `findings` stays empty until fxroof has rules.
+    """One scenario on one GPU.
 
     Attributes:
         scenario: the situation.
         gpu: the part.
         coverage: how much was understood.
         phases: each phase.
-        findings: none yet.
+        findings: what the rules found, the largest saving first.
+        waterfall: by phase, from the program as written through each remedy to the floor.
+        rule_failures: rules that could not be run.
+        unused_suppressions: comments in the user's code that suppress nothing, as `file:line`.
         assumptions: what was taken for granted.
         memory: what must fit.
         serving: the phases put together; None for a model that makes no tokens.
@@ -89,7 +94,10 @@ class Run:
     gpu: GpuInfo
     coverage: Coverage
     phases: tuple[PhaseAnalysis, ...]
-    findings: tuple[dict[str, str], ...] = ()
+    findings: tuple[Finding, ...] = ()
+    waterfall: dict[str, tuple[Step, ...]] = field(default_factory=dict)
+    rule_failures: tuple[RuleFailure, ...] = ()
+    unused_suppressions: tuple[str, ...] = ()
     assumptions: tuple[str, ...] = ()
     memory: Memory | None = None
     serving: Serving | None = None

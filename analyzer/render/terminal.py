@@ -11,6 +11,7 @@ from ..report import ModelInfo, Report, Run
 from ..roofline import Bound
 from ..scenario import Scenario
 from . import _units as units
+from ._findings import findings
 from ._hotspots import Hotspot, hotspots
 from ._layout import Cell, Column, beside, bullets, clean, fact, keep_start, printed, table, title
 from ._roofline import Point, Roof, picture
@@ -44,6 +45,8 @@ def render(report: Report, options: Options) -> str:
         lines += [*_comparison(report, options.width), Text()]
     for run in report.runs:
         lines += _run(run, options)
+    for run in report.runs:
+        lines += [*findings(run, options), Text()]
     lines += _caveats(report, options.width)
     return printed(lines, options)
 

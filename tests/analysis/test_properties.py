@@ -19,7 +19,7 @@ from torch import nn
 H100 = load("h100_sxm").gpu
 GPUS = {gpu.key: gpu for gpu in all_gpus()}
 SMALL = ("mymodel", "gptfast", "moe", "vit", "resnet18", "qwen3-8b", "mixtral-8x7b", "gemma-2-9b")
-ON_ALL_GPUS = ("mymodel", "moe", "resnet18", "qwen3-8b")
+ON_ALL_GPUS = ("moe", "resnet18")
 
 
 @functools.cache

@@ -93,6 +93,38 @@ def test_pricing_a_saved_report_again_equals_a_direct_analysis(folder, saved):
     assert again.stdout == direct.stdout
 
 
+def test_findings_decide_the_exit_code(sample_file):
+    # the sample has a warning, an information, and an error that is suppressed
+    for given, code in (
+        ((), 0), (("--fail-on", "warning"), 1), (("--fail-on", "info"), 1), (("--fail-on", "error"), 0),
+        (("--fail-on", "never"), 0), (("--fail-on", "info", "--exit-zero"), 0),
+    ):  # fmt: skip
+        assert fxroof("analyze", sample_file, *given).exit_code == code, given
+
+
+def test_rules_can_be_chosen_when_a_saved_report_is_priced_again(saved):
+    def codes(*given):
+        (run,) = from_json(fxroof("analyze", saved, "-f", "json", "--fail-on", "never", *given).stdout).runs
+        return {finding.code for finding in run.findings}
+
+    everything = codes("--min-saving", "0")
+    assert "LCH001" in everything
+    assert codes("--select", "launch-bound") == {"LCH001"}
+    assert codes("--min-saving", "0", "--ignore", "LCH") == everything - {"LCH001"}
+    assert codes("--execution", "compiled", "--select", "LCH001") == set()
+
+
+def test_the_pages_of_rules():
+    listed = fxroof("rule").stdout
+    assert all(code in listed for code in ("KVC001", "LCH001", "MEM001", "TRC001", "WGT001", "FUS002"))
+    page = fxroof("rule", "kv-cache-reallocated-by-cat").stdout
+    assert page.startswith("# KVC001 kv-cache-reallocated-by-cat\n")
+    assert page == fxroof("rule", "KVC001").stdout
+    (found,) = json.loads(fxroof("rule", "KVC001", "-f", "json").stdout)
+    assert found["code"] == "KVC001"
+    assert fxroof("rule", "--all").stdout.count("**How it is estimated.**") == len(listed.splitlines()) - 1
+
+
 def test_a_saved_report_is_shown_as_it_is_without_a_gpu(saved, sample_file):
     assert "━━ b200" in fxroof("analyze", saved).stdout
     assert fxroof("analyze", sample_file, "-f", "json").stdout == sample_file.read_text()
@@ -216,6 +248,10 @@ def test_version_and_help():
         (["analyze", "m.py", "--gpu", "b200", "--dtype", "int3"], "'bf16'"),
         (["analyze", "m.py", "--gpu", "b200", "-f", "pdf"], "not one of json, terminal"),
         (["analyze", "m.py", "--gpu", "b200", "--top", "0"], "1<=x<="),
+        (["analyze", "m.py", "--gpu", "b200", "--tp", "0"], "1<=x<="),
+        (["analyze", "m.py", "--gpu", "b200", "--min-saving", "much"], "no share"),
+        (["analyze", "m.py", "--gpu", "b200", "--select", "KVC01x"], "KVC01x names no rule"),
+        (["rule", "nope"], "nope names no rule"),
         (["analyze", "m.py", "--gpu", "b200", "--timeout", "-1"], "0<=x<="),
         (["analyze", "m.py", "--gpu", "b200", "--memory-limit", "16"], "no size"),
         (["analyze", "m.py", "--gpu", "b200", "--memory-limit", "-1GB"], "no size"),

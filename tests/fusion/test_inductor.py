@@ -4,6 +4,8 @@ import functools
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 
 import pytest
 from fusion.cases import CASES, program
@@ -13,7 +15,7 @@ from fxroof.analyzer.pricing import price
 from fxroof.analyzer.trace import from_exported
 from fxroof.hardware import catalog
 from support import ROOT
-from survey.inductor_bytes import DATA, count, count_as_compiled
+from survey.inductor_bytes import DATA
 
 RECORDED = json.loads(DATA.read_text())["cases"]
 PAGE = ROOT / "docs" / "fusion.md"
@@ -48,10 +50,24 @@ def test_bytes_are_mostly_exactly_those_and_the_page_names_the_others() -> None:
 
 @pytest.mark.parametrize("name", ["residual_rms_norm", "swiglu_mlp"])
 def test_inductor_still_counts_what_is_recorded(name: str) -> None:
-    found = count(program(name))
-    assert {"bytes": found.bytes, "kernels": found.kernels} == RECORDED[name]
+    found = apart(f"count(program({name!r}))")
+    assert f'"bytes": {RECORDED[name]["bytes"]}, "kernels": {RECORDED[name]["kernels"]}' in found
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler here")
 def test_inductor_compiles_for_this_machine_what_it_plans_for_a_gpu() -> None:
-    assert count_as_compiled(program("rms_norm")) == RECORDED["rms_norm"]["bytes"]
+    assert f'"bytes": {RECORDED["rms_norm"]["bytes"]}' in apart(
+        "Count(bytes=count_as_compiled(program('rms_norm')), kernels=0)"
+    )
+
+
+def apart(expression: str) -> str:
+    """A count made in a process of its own, since a compiler leaves its hooks in the one that it ran in."""
+    code = (
+        "import dataclasses, json; from fusion.cases import program; "
+        "from survey.inductor_bytes import Count, count, count_as_compiled; "
+        f"print(json.dumps(dataclasses.asdict({expression})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -15,9 +15,11 @@ from fxroof.analyzer.analysis import (
 from fxroof.analyzer.cost import Status
 from fxroof.analyzer.estimate import Derated
 from fxroof.analyzer.execution import Execution, KernelAnalysis, KernelTimes
+from fxroof.analyzer.finding import Alternative, Confidence, Finding, Remedy, Severity, Step
 from fxroof.analyzer.floor import Floor
 from fxroof.analyzer.memory import Memory
 from fxroof.analyzer.report import GpuInfo, ModelInfo, PhaseFailure, Report, Run
+from fxroof.analyzer.review import RuleFailure
 from fxroof.analyzer.roofline import Bound, Lanes
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.serving import serving
@@ -287,12 +289,92 @@ def run(info: GpuInfo, *, scale: float = 1.0) -> Run:
         gpu=info,
         coverage=Coverage(fraction=0.97, priced=60, free=8, unpriced=(unpriced,)),
         phases=phases,
+        findings=findings(),
+        waterfall={
+            "decode": (
+                Step(code="as-written", finding=None, bound=47.9e-6, estimate=207e-6),
+                Step(code="KVC001", finding=0, bound=41.2e-6, estimate=190e-6),
+                Step(code="floor", finding=None, bound=29e-6, estimate=None),
+            ),
+            "prefill": (
+                Step(code="as-written", finding=None, bound=281e-6, estimate=487e-6),
+                Step(code="floor", finding=None, bound=254e-6, estimate=None),
+            ),
+        },
+        rule_failures=(RuleFailure(code="OWN001", phase="decode", message="KeyError: 'mask' (mine, line 7)"),),
         assumptions=("times are bounds from vendor peaks (dense)", f"known of {info.key} only"),
         memory=memory(info.memory_bytes),
         serving=serving(phases, SCENARIO),
         derating=(
             Derated(name="bfloat16 products", value=0.8, source="measured on this part", dtype="bfloat16"),
             Derated(name="kernel latency", value=1.3e-6, source="that of another part", unit="s"),
+        ),
+    )
+
+
+def findings() -> tuple[Finding, ...]:
+    return (
+        Finding(
+            code="KVC001",
+            name="kv-cache-reallocated-by-cat",
+            severity=Severity.WARNING,
+            confidence=Confidence.HIGH,
+            phases=("decode",),
+            module="blocks.*.attn",
+            count=LAYERS,
+            file="models/small_gpt.py",
+            line=24,
+            library_file="",
+            library_line=0,
+            message="the KV cache is copied as a whole in every step to append new rows",
+            evidence={"cache_bytes": 37_748_736, "new_bytes": 32_768},
+            remedy=Remedy(text="Write the new rows in place.", code="cache[:, pos] = k\nk = cache[:, : pos + 1]"),
+            saving_seconds={"decode": 17e-6},
+            saving_bound_seconds={"decode": 6.7e-6},
+        ),
+        Finding(
+            code="WGT001",
+            name="memory-bound-weight-streaming",
+            severity=Severity.INFO,
+            confidence=Confidence.MEDIUM,
+            phases=("prefill", "decode"),
+            module="lm_head",
+            count=1,
+            file="",
+            line=0,
+            library_file="",
+            library_line=0,
+            message="the product waits for its weights to arrive",
+            evidence={"dtype": "bfloat16", "seconds_waiting": 1.5e-5, "share": 0.5, "calls": 12_000},
+            remedy=Remedy(text="Quantise these weights."),
+            saving_seconds={"prefill": -1e-6, "decode": 0.0},
+            saving_bound_seconds={"prefill": 0.0, "decode": 8e-6},
+            alternatives=(
+                Alternative(
+                    name="int4 weights",
+                    saving_seconds={"prefill": -1e-6, "decode": 9e-6},
+                    saving_bound_seconds={"decode": 12e-6},
+                ),
+            ),
+        ),
+        Finding(
+            code="TRC001",
+            name="unpriced-operators",
+            severity=Severity.ERROR,
+            confidence=Confidence.HIGH,
+            phases=("decode",),
+            module="head",
+            count=1,
+            file="models/small_gpt.py",
+            line=60,
+            library_file="",
+            library_line=0,
+            message="suppressed, so not shown",
+            evidence={},
+            remedy=Remedy(text=""),
+            saving_seconds={},
+            saving_bound_seconds={},
+            suppressed="on purpose",
         ),
     )
 

@@ -1,0 +1,120 @@
+"""Findings for people: what is wrong, where, why, what to write instead, and what that saves."""
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from ..finding import Alternative, Finding, Severity, Step
+from ..report import Run
+from . import _units as units
+from ._layout import Column, clean, fact, table, title
+from .registry import Options
+
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "blue"}
+
+
+def findings(run: Run, options: Options) -> Iterator[Text]:
+    """The findings of a run, the largest saving first, and the waterfall of each phase that they change."""
+    width = options.width
+    counted = [finding for finding in run.findings if not finding.suppressed]
+    yield title(f"{len(counted)} finding{'s' if len(counted) != 1 else ''} on {clean(run.gpu.key)}", width, heavy=True)
+    for finding in counted[: options.top]:
+        yield from _finding(finding, run, width)
+        yield Text()
+    more = [f"{f.code} at {_place(f)}" for f in counted[options.top :]]
+    yield from fact("and", more, width)
+    if more:
+        yield Text()
+    for failure in run.rule_failures:
+        where = f"{failure.code} in {failure.phase}" if failure.phase else failure.code
+        yield from fact(
+            "rule", [Text(f"{clean(where)} could not be run: {clean(failure.message)}", style="red")], width
+        )
+    hidden = [finding for finding in run.findings if finding.suppressed]
+    if hidden:
+        known = [f"{f.code} at {clean(f.file)}:{f.line}, {clean(f.suppressed)}" for f in hidden]
+        yield from fact("known", known, width)
+    for place in run.unused_suppressions:
+        yield from fact("unused", [f"{clean(place)}: the comment suppresses nothing"], width)
+    for name, steps in run.waterfall.items():
+        if len(steps) > _ENDS + 1:
+            yield from _waterfall(name, steps, width)
+            yield Text()
+
+
+_ENDS = 2
+"""Bars of a waterfall that are no remedy: as written, and the floor."""
+
+
+def _finding(finding: Finding, run: Run, width: int) -> Iterator[Text]:
+    heading = Text(f"{finding.code} {finding.name}", style=_STYLES[finding.severity])
+    sure = [f"{finding.confidence.value} confidence"] if finding.confidence != "high" else []
+    yield from fact("", [heading, *sure], width, label_width=0)
+    yield from fact("saves", _savings(finding, run), width)
+    times = f" ×{finding.count}" if finding.count > 1 else ""
+    yield from fact("where", [_place(finding), *([clean(finding.module) + times] if finding.module else [])], width)
+    yield from fact("what", [clean(finding.message)], width)
+    yield from fact(
+        "why", [f"{clean(name).replace('_', ' ')} {_value(name, v)}" for name, v in finding.evidence.items()], width
+    )
+    yield from fact("remedy", [clean(finding.remedy.text)], width)
+    for line in finding.remedy.code.splitlines():
+        yield Text(f"           {clean(line)}", style="dim")
+    others = [_alternative(other, run) for other in finding.alternatives]
+    yield from fact("or", others, width)
+
+
+def _alternative(other: Alternative, run: Run) -> str:
+    parts = [
+        f"{clean(phase.name)} {_part(other.saving_seconds[phase.name], phase.seconds.estimate)}, of its bound "
+        f"{_part(other.saving_bound_seconds.get(phase.name, 0.0), phase.seconds.bound)}"
+        for phase in run.phases
+        if phase.name in other.saving_seconds
+    ]
+    return f"{clean(other.name)}: {'; '.join(parts)}"
+
+
+def _place(finding: Finding) -> str:
+    return f"{clean(finding.file)}:{finding.line}" if finding.file else "the whole phase"
+
+
+def _savings(finding: Finding, run: Run) -> Iterator[str]:
+    for phase in run.phases:
+        if phase.name in finding.saving_seconds:
+            bound = finding.saving_bound_seconds.get(phase.name, 0.0)
+            yield f"{clean(phase.name)} {_part(finding.saving_seconds[phase.name], phase.seconds.estimate)}"
+            yield f"of its bound {_part(bound, phase.seconds.bound)}"
+
+
+def _part(saved: float, whole: float) -> str:
+    if not saved or not whole:
+        return "nothing"
+    return f"{_signed(saved)} ({units.percent(saved / whole)})"
+
+
+def _signed(seconds: float) -> str:
+    return units.seconds(seconds) if seconds >= 0 else f"-{units.seconds(-seconds)}"
+
+
+def _value(name: str, value: str | float) -> str:
+    if isinstance(value, str):
+        return clean(value)
+    if "bytes" in name:
+        return units.byte_count(value)
+    if "seconds" in name:
+        return units.seconds(value)
+    return f"{value:,}" if isinstance(value, int) else units.digits(value, trim=True)
+
+
+def _waterfall(name: str, steps: tuple[Step, ...], width: int) -> Iterator[Text]:
+    yield title(f"{clean(name)}: one remedy after the other", width)
+    columns = [
+        Column(header="", cells=[clean(step.code).replace("-", " ", 1) for step in steps], least=12),
+        Column(header="bound", cells=[units.seconds(step.bound) for step in steps], right=True),
+        Column(
+            header="estimate",
+            cells=[units.seconds(step.estimate) if step.estimate is not None else "" for step in steps],
+            right=True,
+        ),
+    ]
+    yield from table(columns, width)

@@ -1,0 +1,107 @@
+"""Products that only wait for their weights: 16 or 32 bits of each are read to multiply a handful of rows.
+
+**What it checks.** Matrix products with a weight of 16 bits or more that device memory limits and whose weight is
+at least half of what they move.
+
+**Why it costs.** A decode step reads every weight for a few rows: 2 FLOPs a row and weight, against hundreds that
+the GPU could do while one weight arrives. The time is weight bytes over bandwidth, whatever the arithmetic.
+
+**How it is estimated.** The product becomes one over packed weights, widened in registers as they are multiplied:
+weight bytes at packed width plus scales (int8 and fp8: one a row; int4: 16 bits a group of 128; nvfp4: 8 bits a
+group of 16), activations as before. The widths exclude each other: each has its own saving, the first is the
+rule's.
+
+**Remedy.** Quantise the weights of these layers, with a library whose kernels read them packed.
+
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    quantize_(model, Int8WeightOnlyConfig())
+
+**When to ignore.** When quality does not allow it; when batches grow to where arithmetic takes over.
+
+**References.** Dettmers et al., "LLM.int8()" (2022); Lin et al., "AWQ" (2023); NVIDIA, "Introducing NVFP4" (2025).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from ..analyzer.cost import operator_name
+from ..analyzer.finding import Match, Remedy, Rewrite, Severity, Situation, rule
+from ..analyzer.graph import ITEM_BITS, Arg, Op, Role, TensorRef
+from ..analyzer.rewrite import Draft
+from ..analyzer.roofline import Bound
+from ..hardware.gpu import Gpu
+
+_REMEDY = Remedy(
+    text="Quantise the weights of these layers, with kernels that read them packed.",
+    code="from torchao.quantization import Int8WeightOnlyConfig, quantize_\nquantize_(model, Int8WeightOnlyConfig())",
+)
+_LEAST_BITS = 16
+_LEAST_SHARE = 0.5
+
+
+@rule("WGT001", "memory-bound-weight-streaming", severity=Severity.INFO)
+def check(situation: Situation) -> Iterator[Match]:
+    """Every linear layer that waits for its weight."""
+    graph = situation.graph
+    for index, (op, found) in enumerate(zip(graph.ops, situation.analysis.ops, strict=True)):
+        weight = op.args.get("weight")
+        if operator_name(op.target) != "aten.linear" or not isinstance(weight, TensorRef):
+            continue
+        matrix = graph.tensors[weight.tensor]
+        if graph.role(weight.tensor) is not Role.WEIGHT or ITEM_BITS[matrix.dtype] < _LEAST_BITS:
+            continue
+        moved = found.bytes_read + found.bytes_written
+        if found.bound is not Bound.MEMORY or op.repeat * matrix.touched_bytes < _LEAST_SHARE * moved:
+            continue
+        first, *others = _widths(situation.gpu)
+        yield Match(
+            op=index,
+            message="the product waits for its weights to arrive",
+            evidence={"weight_bytes": op.repeat * matrix.touched_bytes, "bytes": moved, "dtype": matrix.dtype},
+            remedy=_REMEDY,
+            rewrite=_packed(index, op, first),
+            alternatives={width.name: _packed(index, op, width) for width in others},
+        )
+
+
+class _Width:
+    """A width of weights: what is stored of a matrix (rows x inner)."""
+
+    def __init__(self, name: str, dtype: str, per_byte: int, scale: str, group: Callable[[int], int]) -> None:
+        self.name, self.dtype, self.per_byte, self.scale, self.group = name, dtype, per_byte, scale, group
+
+
+_INT8 = _Width("int8 weights", "int8", 1, "float32", lambda inner: inner)
+_FP8 = _Width("fp8 weights", "float8_e4m3fn", 1, "float32", lambda inner: inner)
+_INT4 = _Width("int4 weights", "uint8", 2, "bfloat16", lambda inner: min(128, inner))
+_NVFP4 = _Width("nvfp4 weights", "uint8", 2, "float8_e4m3fn", lambda inner: min(16, inner))
+
+
+def _widths(gpu: Gpu) -> tuple[_Width, ...]:
+    """What the part multiplies fast, 8 bits first; widening needs no tensor path of that width, but kernels do."""
+    eight = (_FP8, _INT8) if "float8" in gpu.tensor else (_INT8,)
+    return (*eight, _INT4, *((_NVFP4,) if "float4" in gpu.tensor else ()))
+
+
+def _packed(index: int, op: Op, width: _Width) -> Rewrite:
+    def rewrite(draft: Draft) -> None:
+        weight = op.args["weight"]
+        if not isinstance(weight, TensorRef) or not draft.claim((index,)):
+            return
+        rows, inner = draft.graph.tensors[weight.tensor].shape
+        name = draft.graph.storages[draft.graph.tensors[weight.tensor].storage].name
+        groups = -(-inner // width.group(inner))
+        stored = draft.tensor((rows, -(-inner // width.per_byte)), width.dtype, role=Role.WEIGHT, name=name)
+        scales = draft.tensor((rows, groups), width.scale, role=Role.WEIGHT, name=f"{name}.scales")
+        args: dict[str, Arg] = {
+            "x": op.args["input"],
+            "weight": TensorRef(tensor=stored),
+            "scales": TensorRef(tensor=scales),
+            "zeros": None,
+            "order": None,
+            "bias": op.args.get("bias"),
+            "outputs": rows,
+        }
+        draft.replace(index, replace(op, target="fxroof.linear_packed.default", args=args))
+
+    return rewrite

@@ -1,0 +1,61 @@
+"""Phases of small models, ready for rules, and the comparison of a rewritten graph with a hand-remedied twin."""
+
+import torch
+from fxroof.analyzer.analysis import analyze_phase
+from fxroof.analyzer.finding import Rule, Situation
+from fxroof.analyzer.graph import Graph
+from fxroof.analyzer.load import from_module
+from fxroof.analyzer.rewrite import Draft, Flow
+from fxroof.analyzer.scenario import Scenario
+from fxroof.analyzer.workload import plan
+from fxroof.hardware.catalog import load
+from support import trace_program
+from torch import nn
+
+H100 = load("h100_sxm").gpu
+SCENARIO = Scenario(batch_size=2, input_len=512, output_len=64)
+
+
+def graphs_of(module: nn.Module, scenario: Scenario = SCENARIO, inputs: tuple[str, ...] = ()) -> dict[str, Graph]:
+    """The phases of a module, traced."""
+    with torch.device("meta"):
+        workload = plan(from_module(module), scenario, inputs=inputs)
+    return {program.phase.name: trace_program(program) for program in workload.programs}
+
+
+def situation(graph: Graph, *, execution: str = "eager", gpu: str = "h100_sxm") -> Situation:
+    """A phase on a GPU, as a rule sees it."""
+    part = load(gpu).gpu
+    analysis, costs = analyze_phase(graph, part, execution)
+    return Situation(
+        graph=graph,
+        flow=Flow(graph),
+        costs=costs,
+        analysis=analysis,
+        others={},
+        gpu=part,
+        scenario=SCENARIO,
+        memory=None,
+    )
+
+
+def rewritten(graph: Graph, rule: Rule) -> Graph:
+    """The graph with every remedy of a rule that rewrites it."""
+    draft = Draft(graph)
+    for match in rule.check(situation(graph)):
+        if match.rewrite is not None:
+            match.rewrite(draft)
+    return draft.finish()
+
+
+def figures(graph: Graph) -> dict[str, float]:
+    """What a rewritten graph and the trace of its twin have to agree in."""
+    found: dict[str, float] = {}
+    for execution in ("eager", "compiled"):
+        phase, _ = analyze_phase(graph, H100, execution)
+        found |= {
+            f"{execution} bound": phase.seconds.bound,
+            f"{execution} bytes": phase.executions.of(execution).bytes_l2,
+        }
+        found |= {"FLOPs": phase.flops.matmul_executed, "vector": phase.flops.vector, "bytes": phase.bytes.total}
+    return found
