@@ -570,8 +570,11 @@ def _check_destination(output: Path | None) -> None:
 def _deliver(text: str, output: Path | None) -> None:
     if output is None or str(output) == "-":
         encoding = sys.stdout.encoding or "utf-8"
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough; click would make it exit code 1
+            _silence_stdout()
         return
     from .errors import ReportFileError
 

@@ -223,7 +223,9 @@ def test_a_live_module_is_left_as_it_was() -> None:
 
 
 def test_one_gpu_of_a_saved_report_stays_one_of_as_many() -> None:
-    report = analyze(cut(str(CONFIGS / "llama-3-8b"), 2), gpu="h100", scenario=Scenario(tp=4, **LENGTHS))
+    report = analyze(
+        cut(str(CONFIGS / "llama-3-8b"), 2), gpu="h100", scenario=Scenario(tp=4, **LENGTHS), in_process=True
+    )
     again = reprice(from_json(to_json(report)), gpus=["h200"])
     assert again.scenario.tp == 4
     assert again.model.parameter_bytes_per_gpu == report.model.parameter_bytes_per_gpu
