@@ -63,7 +63,7 @@ def floor(graph: Graph, costs: Sequence[Cost], gpu: Gpu) -> Floor:
     inputs = sum(n for s, n in reads.items() if graph.storages[s].role is Role.INPUT)
     # only what was there before the step must be read: a cache grown in it is made of that and of new rows
     old = _read_before_written(graph, costs)
-    cache = sum(n for s, n in old.items() if graph.storages[s].role is Role.KV_CACHE and s not in makers)
+    cache = sum(n for s, n in old.items() if s not in makers)
     cache_read = int(cache * graph.cache_fill)
     fresh = _fresh_outputs(graph, makers)
     cache_written = _written_in_place(graph, costs, makers) + fresh[Role.KV_CACHE]
@@ -101,15 +101,18 @@ def _distinct_reads(graph: Graph, costs: Sequence[Cost]) -> dict[int, int]:
 
 
 def _read_before_written(graph: Graph, costs: Sequence[Cost]) -> dict[int, int]:
-    """Bytes of each storage read that the step did not write itself, rows written before they are read left out."""
+    """Bytes of each part of the cache that are read, rows that the step itself wrote before left out."""
     written: Counter[int] = Counter()
     read: dict[int, dict[int, int]] = {}
+    caches = {index for index, storage in enumerate(graph.storages) if storage.role is Role.KV_CACHE}
+    within = {index for index, tensor in enumerate(graph.tensors) if tensor.storage in caches}
     for cost in costs:
-        for access in cost.traffic:
+        touched = [access for access in cost.traffic if access.tensor in within]
+        for access in touched:
             storage = graph.tensors[access.tensor].storage
             known = read.setdefault(storage, {})
             known[access.tensor] = max(known.get(access.tensor, 0), access.read - written[storage])
-        for access in cost.traffic:
+        for access in touched:
             written[graph.tensors[access.tensor].storage] += access.written
     return {s: min(sum(max(0, n) for n in by.values()), graph.storages[s].nbytes) for s, by in read.items()}
 

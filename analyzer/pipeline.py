@@ -136,13 +136,19 @@ def analyze(
 
 
 def analyze_model(
-    model: "Model", *, gpus: Sequence[str], scenario: Scenario | None = None, phase: str = "all"
+    model: "Model",
+    *,
+    gpus: Sequence[str],
+    scenario: Scenario | None = None,
+    phase: str = "all",
+    selection: Selection | None = None,
 ) -> Report:
     """As `analyze`, for a model that is already loaded."""
     from .capture import from_model
 
+    asked = _Asked(selection=selection or Selection())
     resolved = [load_gpu(name) for name in gpus]
-    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, _Asked(), _silent)
+    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, asked, _silent)
 
 
 def reprice(

@@ -392,5 +392,8 @@ def _waterfall(name: str, groups: Sequence[_Group], situation: Situation) -> Ite
             after = _timed(graph, situation.gpu, situation.analysis.execution, replayed=replayed)
             yield Step(code=group.rule.code, finding=index, bound=after.bound, estimate=after.estimate)
     # remedies may lower the floor too: narrower weights are fewer bytes that must be read
-    least = floor(last, price(last, situation.gpu), situation.gpu).seconds
+    if last is situation.graph:
+        least = situation.analysis.seconds.floor
+    else:
+        least = floor(last, price(last, situation.gpu), situation.gpu).seconds
     yield Step(code="floor", finding=None, bound=least, estimate=None)

@@ -357,13 +357,22 @@ class Flow:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._makers: dict[int, int] = {}
-        self._users: dict[int, list[int]] = {}
-        for index, op in enumerate(graph.ops):
-            for tensor in () if _is_assertion(op) else op.inputs:
-                self._users.setdefault(tensor, []).append(index)
+
+    @functools.cached_property
+    def _makers(self) -> dict[int, int]:
+        makers: dict[int, int] = {}
+        for index, op in enumerate(self.graph.ops):
             for tensor in op.outputs:
-                self._makers.setdefault(tensor, index)
+                makers.setdefault(tensor, index)
+        return makers
+
+    @functools.cached_property
+    def _users(self) -> dict[int, list[int]]:
+        users: dict[int, list[int]] = {}
+        for index, op in enumerate(self.graph.ops):
+            for tensor in () if _is_assertion(op) else op.inputs:
+                users.setdefault(tensor, []).append(index)
+        return users
 
     def maker(self, tensor: int) -> int | None:
         """The op that returned a tensor; None for what was given."""
