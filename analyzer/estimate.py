@@ -134,7 +134,7 @@ def busy(cost: Cost, read: float, written: float, moved: float, gpu: Gpu, reache
     """
     share = reached.copying if 4 * written > read else reached.reading
     l2_rate = reached.l2_bandwidth.value if reached.l2_bandwidth else 0.0
-    tensor, vector, tiles = _matmul_seconds(cost, gpu, reached, l2_rate)
+    tensor, vector, tiles = _matmul_seconds(cost, moved, gpu, reached, l2_rate)
     for dtype, flops in cost.vector.items():
         rate = gpu.vector_rate(dtype)
         vector += flops / (rate.flops_per_second * reached.vector.value) if rate else 0.0
@@ -151,7 +151,9 @@ def busy(cost: Cost, read: float, written: float, moved: float, gpu: Gpu, reache
     return Busy(lanes, lanes.slowest[0] + (0.0 if cost.exchange else waiting))
 
 
-def _matmul_seconds(cost: Cost, gpu: Gpu, reached: Derating, l2_rate: float) -> tuple[float, float, float]:
+def _matmul_seconds(
+    cost: Cost, moved: float, gpu: Gpu, reached: Derating, l2_rate: float
+) -> tuple[float, float, float]:
     """Seconds of tensor units, of vector units where those multiply, and of L2 for the operands of tiles."""
     tensor = vector = tiles = 0.0
     for dtype, flops in cost.matmul.items():
@@ -167,8 +169,11 @@ def _matmul_seconds(cost: Cost, gpu: Gpu, reached: Derating, l2_rate: float) -> 
             tensor += flops / peak
             continue
         ideal = sum(2.0 * g.batch * g.m * g.n * g.k for g in cost.gemms)
+        item = ITEM_BITS[dtype] / 8
+        operands = item * sum(g.batch * (g.m * g.k + g.n * g.k + g.m * g.n) for g in cost.gemms)
+        item *= min(1.0, moved / operands)  # packed weights pass L2 as they are stored
         for gemm in cost.gemms:
-            needed, loaded = _tiled(gemm, peak * ideal / flops, gpu.sm_count, ITEM_BITS[dtype] / 8, l2_rate)
+            needed, loaded = _tiled(gemm, peak * ideal / flops, gpu.sm_count, item, l2_rate)
             tensor += needed
             tiles += loaded
     return tensor, vector, tiles

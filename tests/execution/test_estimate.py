@@ -20,7 +20,7 @@ REACHED = derating(H100)
 def tensor_seconds(m: int, n: int, k: int, batch: int = 1) -> float:
     gemm = Gemm(batch=batch, m=m, n=n, k=k)
     cost = Cost(matmul={"bfloat16": 2.0 * batch * m * n * k}, gemms=(gemm,))
-    return busy(cost, 0, 0, 0, H100, REACHED).lanes.tensor
+    return busy(cost, 0, 0, 2 * batch * (m * k + n * k + m * n), H100, REACHED).lanes.tensor
 
 
 def ideal_seconds(m: int, n: int, k: int) -> float:
@@ -106,3 +106,11 @@ def test_decode_waits_for_launches_in_eager_mode_and_says_so() -> None:
     assert len(compiled.kernels) < len(eager.kernels)
     slower = dataclasses.replace(H100, kernel_latency=1e-4)
     assert analyze_phase(graph, slower)[0].executions.compiled.estimate_share["latency"] > 0.9
+
+
+def test_packed_weights_pass_the_cache_as_they_are_stored() -> None:
+    m, n, k = 1, 14336, 4096
+    cost = Cost(matmul={"bfloat16": 2.0 * m * n * k}, gemms=(Gemm(batch=1, m=m, n=n, k=k),))
+    wide, narrow = (busy(cost, moved, 0, moved, H100, REACHED).lanes for moved in (2 * n * k, n * k // 2))
+    assert narrow.l2 < 0.3 * wide.l2
+    assert narrow.memory == pytest.approx(wide.memory / 4)
