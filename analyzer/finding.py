@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 from ..hardware.gpu import Gpu
 from .analysis import PhaseAnalysis
@@ -125,6 +125,9 @@ class Step:
     estimate: float | None
 
 
+_Found = TypeVar("_Found")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
     """One phase of a model on one GPU: all that a rule may look at.
@@ -148,6 +151,13 @@ class Situation:
     gpu: Gpu
     scenario: Scenario
     memory: Memory | None
+    _known: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, find: Callable[["Situation"], _Found]) -> _Found:
+        """What a function finds here, computed once however many rules ask: what one recognises, others leave alone."""
+        if find not in self._known:
+            self._known[find] = find(self)
+        return cast("_Found", self._known[find])
 
 
 Rewrite = Callable[[Draft], None]
