@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from .errors import BoxError, TargetError
-from .handover import BUILDING, WORKER, Finished, Frame, Job, Progress, Refused, stack_signal
+from .handover import BUILDING, WORKER, Finished, Frame, Job, Progress, Question, Refused, stack_signal
 from .places import is_users, shown
 from .request import Request
 
@@ -77,18 +77,22 @@ class Box:
         self._until = time.monotonic() + self._limits.seconds + _STARTUP
         self._answers, answers_end = os.pipe()
         self._places, places_end = os.pipe()
+        questions_end, self._questions = os.pipe()
         try:
-            self._child = self._started(answers_end, places_end)
+            self._child = self._started(answers_end, questions_end, places_end)
         except BaseException:
             os.close(self._answers)
             os.close(self._places)
+            os.close(self._questions)
             raise
         finally:
             os.close(answers_end)
             os.close(places_end)
+            os.close(questions_end)
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.close(self._questions)  # nothing more is asked: the child leaves
         try:
             if self._finished:
                 self._await_end()
@@ -96,6 +100,22 @@ class Box:
             self._kill()
             os.close(self._answers)
             os.close(self._places)
+
+    def again(self, question: Question) -> Iterator[Frame]:
+        """What the child hands over of the same model in another scenario; nothing where it has ended.
+
+        Raises:
+            BoxError: as `frames`, which must have come to an end.
+        """
+        if not self._finished:
+            return
+        self._finished = False
+        self._until = time.monotonic() + self._limits.seconds
+        try:
+            os.write(self._questions, msgspec.json.encode(question) + b"\n")
+        except OSError:
+            return
+        yield from self.frames()
 
     def frames(self) -> Iterator[Frame]:
         """What the child hands over, as it comes.
@@ -139,11 +159,12 @@ class Box:
                     next_look = now + _TICK
                     self._weigh()
 
-    def _started(self, answers_end: int, places_end: int) -> "subprocess.Popen[bytes]":
+    def _started(self, answers_end: int, questions_end: int, places_end: int) -> "subprocess.Popen[bytes]":
         job = Job(
             request=self._request,
             secret=self._secret,
             answers=answers_end,
+            questions=questions_end,
             places=places_end,
             parent=os.getpid(),
             debug=self._debug,
@@ -158,7 +179,7 @@ class Box:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                pass_fds=(answers_end, places_end),
+                pass_fds=(answers_end, questions_end, places_end),
                 start_new_session=True,
             )
         except OSError as error:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .inputs import Arguments
 from .meta import tracing
+from .residence import hand_on, take_over
 from .trace import CACHE, RESULT
 from .values import tell
 
@@ -59,13 +60,17 @@ class Call(Wrapper):
         """Inputs by position, then those of `names`; or tokens and the tensors of the cache."""
         self.tell(inputs)
         if self.template[0] is not None:
+            take_over(inputs[1:])
             state = refilled(self.template[0], inputs[1:])
             result = self.model(inputs[0], **{self.cache_argument: state}, **self.fixed)
         else:
             positional = inputs[: len(inputs) - len(self.names)]
             named = dict(zip(self.names, inputs[len(positional) :], strict=True))
             result = self.model(*positional, **named, **self.fixed)
-        return _parted(result, self.cache_argument)
+        parted = _parted(result, self.cache_argument)
+        if self.template[0] is not None:
+            hand_on(parted[CACHE])
+        return parted
 
 
 class Replay(Wrapper):

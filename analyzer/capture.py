@@ -22,7 +22,7 @@ from .caches import cache_growth
 from .errors import FxroofError, TargetError, TraceError, WorkloadError
 from .garbage import without_collection
 from .graph import Graph
-from .handover import BUILDING, Failure, Frame, Opened, PhaseFailed, PhaseTraced, Progress, as_failure
+from .handover import BUILDING, Again, Failure, Frame, Opened, PhaseFailed, PhaseTraced, Progress, Question, as_failure
 from .load import Model, from_module, from_program, load
 from .meta import tracing
 from .places import raised_at
@@ -37,28 +37,39 @@ from .workload import Program, Workload, plan
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
-def from_request(request: Request, *, debug: bool = False) -> Iterator[Frame]:
-    """Frames of a target as named on the command line.
+def from_request(request: Request, *, debug: bool = False) -> tuple[Iterator[Frame], Again]:
+    """Frames of a target as named on the command line, and of the same model when it is asked for again.
 
-    Raises:
+    Raises, while the frames are made:
         FxroofError: the model cannot be built, or no phase has inputs.
     """
-    yield Progress(BUILDING)
-    here = Path.cwd()
-    try:
-        model = load(
-            request.target,
-            init=request.init,
-            dtype=request.dtype,
-            attention=request.attention,
-            trust_remote_code=request.trust_remote_code,
-        )
-        os.chdir(here)  # a file may change it, and source lines are shown relative to where the user is
-        yield from from_model(
-            model, request.scenario, request.phase, inputs=request.inputs, assume=request.assume, debug=debug
-        )
-    except SystemExit as error:
-        raise ended(request.target, error) from error
+    built: list[Model] = []
+
+    def frames() -> Iterator[Frame]:
+        yield Progress(BUILDING)
+        here = Path.cwd()
+        try:
+            model = load(
+                request.target,
+                init=request.init,
+                dtype=request.dtype,
+                attention=request.attention,
+                trust_remote_code=request.trust_remote_code,
+            )
+            os.chdir(here)  # a file may change it, and source lines are shown relative to where the user is
+            built.append(model)
+            yield from from_model(
+                model, request.scenario, request.phase, inputs=request.inputs, assume=request.assume, debug=debug
+            )
+        except SystemExit as error:
+            raise ended(request.target, error) from error
+
+    def again(question: Question) -> Iterator[Frame]:
+        if request.inputs or not built:
+            raise WorkloadError("Inputs that were given by hand are those of one scenario.")
+        yield from from_model(built[0], question.scenario, question.phase, assume=request.assume)
+
+    return frames(), again
 
 
 def from_live(
@@ -68,9 +79,24 @@ def from_live(
     phase: str,
     dtype: str,
     assume: Sequence[str] = (),
-) -> Iterator[Frame]:
-    """Frames of what the caller already has: a module, a GraphModule or an exported program. Errors as above."""
-    yield Progress("copying the model to the meta device")
+) -> tuple[Iterator[Frame], Again]:
+    """The same of what the caller already has: a module, a GraphModule or an exported program. Errors as above."""
+    built: list[Model] = []
+
+    def frames() -> Iterator[Frame]:
+        yield Progress("copying the model to the meta device")
+        built.append(_live(value, example_inputs, phase, dtype))
+        yield from from_model(built[0], scenario, phase, assume=assume)
+
+    def again(question: Question) -> Iterator[Frame]:
+        if not built:
+            raise WorkloadError("There is no model to ask again.")
+        yield from from_model(built[0], question.scenario, question.phase, assume=assume)
+
+    return frames(), again
+
+
+def _live(value: nn.Module | ExportedProgram, example_inputs: Inputs | None, phase: str, dtype: str) -> Model:
     if isinstance(value, ExportedProgram):
         if dtype != "as-is" or example_inputs is not None:
             raise WorkloadError(
@@ -85,7 +111,7 @@ def from_live(
     if example_inputs is not None:
         given, only = example_inputs, "forward" if phase == "all" else phase
         model = dataclasses.replace(model, example_inputs=lambda name, *_: given if name == only else None)
-    yield from from_model(model, scenario, phase, assume=assume)
+    return model
 
 
 def from_model(

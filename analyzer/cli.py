@@ -12,15 +12,19 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from rich.console import Console
     from rich.status import Status
 
+    from .baseline import Entry
     from .render.registry import Options
     from .report import Report
     from .review import Selection
@@ -89,22 +93,27 @@ def main() -> None:
     """  # noqa: D301  # \b is click's mark for text that must not be wrapped
 
 
-class _Formats(click.ParamType[str]):
-    """The registered renderers, looked up only when a format is given."""
+class _Formats(click.ParamType[tuple[str, "Path | None"]]):
+    """A registered renderer, looked up only when a format is given, and the file that it writes: `sarif=out.sarif`."""
 
     name = "format"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002  # click's signature
         from .render.registry import formats
 
-        return f"[{'|'.join(formats())}]"
+        return f"[{'|'.join(formats())}][=FILE]"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path | None]:
         from .render.registry import formats
 
-        if value not in formats():
-            self.fail(f"{value!r} is not one of {', '.join(formats())}.", param, ctx)
-        return str(value)
+        if isinstance(value, tuple):
+            return value
+        name, given, file = str(value).partition("=")
+        if name not in formats():
+            self.fail(f"{name!r} is not one of {', '.join(formats())}.", param, ctx)
+        if given and not file:
+            self.fail(f"{value!r} names no file: for example {name}=out.txt.", param, ctx)
+        return name, Path(file) if file else None
 
     def shell_complete(
         self,
@@ -143,6 +152,36 @@ class _Share(click.ParamType[float]):
         if match is None:
             self.fail(f"{value!r} is no share: for example 1% or 0.01.", param, ctx)
         return float(match[1]) / (100 if match[2] else 1)
+
+
+class _RuleNames(click.ParamType[tuple[str, ...]]):
+    """Codes, beginnings of codes or names of rules, with commas between them."""
+
+    name = "rule"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(name.strip() for name in str(value).split(","))
+        if not all(names):
+            self.fail(f"{value!r} names a rule too few: for example ATT001,FUS.", param, ctx)
+        return names
+
+
+class _ModuleRules(click.ParamType[tuple[tuple[str, str], ...]]):
+    """A pattern of module paths and the rules that are not to look there, `blocks.*.attn=ATT001,FUS`."""
+
+    name = "module=rule"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, str], ...]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, rules = str(value).rpartition("=")
+        if not pattern:
+            self.fail(f"{value!r} is not MODULE=RULES: for example blocks.*.attn=ATT001,FUS.", param, ctx)
+        return tuple((pattern, rule) for rule in _RuleNames().convert(rules, param, ctx))
 
 
 def _complete_gpu(
@@ -271,9 +310,20 @@ def _complete_gpu(
     metavar="SIZE",
     help="Memory that it may take, such as 16GB; 0 for no limit.  [default: 80% of this machine's]",
 )
-@click.option("--select", multiple=True, metavar="RULE", help="Only these rules: codes, their beginnings, or names.")
-@click.option("--extend-select", multiple=True, metavar="RULE", help="These rules besides those of --select.")
-@click.option("--ignore", multiple=True, metavar="RULE", help="Not these rules.")
+@click.option(
+    "--select",
+    type=_RuleNames(),
+    multiple=True,
+    help="Only these rules: codes, their beginnings, or names; several with commas.",
+)
+@click.option("--extend-select", type=_RuleNames(), multiple=True, help="These rules besides those of --select.")
+@click.option("--ignore", type=_RuleNames(), multiple=True, help="Not these rules.")
+@click.option(
+    "--per-module-ignore",
+    type=_ModuleRules(),
+    multiple=True,
+    help="Not these rules in modules of that path and all in them, as in 'blocks.*.attn=ATT001,FUS'.",
+)
 @click.option("--rules", "rule_files", multiple=True, metavar="FILE", help="A Python file with rules of your own.")
 @click.option(
     "--min-saving",
@@ -282,6 +332,11 @@ def _complete_gpu(
     show_default=True,
     metavar="SHARE",
     help="Share of a phase that a finding has to save.",
+)
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    help="File of findings that are known and do not count; see `fxroof baseline`.",
 )
 @click.option(
     "--fail-on",
@@ -300,7 +355,14 @@ def _complete_gpu(
     help="What a hotspot row is.",
 )
 @click.option(
-    "-f", "--format", "format_", type=_Formats(), default="terminal", show_default=True, help="Output format."
+    "-f",
+    "--format",
+    "formats",
+    type=_Formats(),
+    multiple=True,
+    default=("terminal",),
+    show_default=True,
+    help="Output format; =FILE writes it there; may be repeated.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write instead of standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
@@ -327,16 +389,18 @@ def analyze(
     trust_remote_code: bool,
     timeout: int,
     memory_limit: int | None,
-    select: tuple[str, ...],
-    extend_select: tuple[str, ...],
-    ignore: tuple[str, ...],
+    select: tuple[tuple[str, ...], ...],
+    extend_select: tuple[tuple[str, ...], ...],
+    ignore: tuple[tuple[str, ...], ...],
+    per_module_ignore: tuple[tuple[tuple[str, str], ...], ...],
     rule_files: tuple[str, ...],
     min_saving: float,
+    baseline: Path | None,
     fail_on: str,
     exit_zero: bool,
     top: int,
     by: str,
-    format_: str,
+    formats: tuple[tuple[str, Path | None], ...],
     output: Path | None,
     quiet: bool,
     debug: bool,
@@ -357,12 +421,21 @@ def analyze(
     The model's code runs in a process of its own, for as long and as large as --timeout and
     --memory-limit allow. Exit code 2 says that something, perhaps only one phase, was not analysed.
     """  # noqa: D301  # \b is click's mark for text that must not be wrapped
-    _check_destination(output)
+    outputs = _outputs(formats, output)
+    for _, file in outputs:
+        _check_destination(file)
+    known = _known(baseline)
     saved = _saved_report(target)
     gpus = tuple(dict.fromkeys(gpus))
     from .review import Selection
 
-    selection = Selection(select=select, extend=extend_select, ignore=ignore, files=rule_files)
+    selection = Selection(
+        select=tuple(chain(*select)),
+        extend=tuple(chain(*extend_select)),
+        ignore=tuple(chain(*ignore)),
+        files=rule_files,
+        modules=tuple(chain(*per_module_ignore)),
+    )
     if saved is not None:
         _refuse_tracing_options(ctx, target)
         report = _repriced(ctx, saved, gpus, selection)
@@ -404,15 +477,134 @@ def analyze(
                 debug=debug,
                 progress=progress.say,
             )
+    if known is not None:
+        from .baseline import applied
+
+        report = applied(report, known)
     from .render.registry import render
 
-    text = render(report, format_, _options(output, top=top, by=by))
-    _deliver(text, output)
+    for name, file in outputs:
+        _deliver(render(report, name, _options(file, top=top, by=by)), file)
     for failure in report.failures:
         print_error(f"{failure.phase} was not analysed: {failure.message}", failure.hint)
     if report.failures:
         return EXIT_STOPPED
     return EXIT_FOUND if not exit_zero and _fails(report, fail_on) else 0
+
+
+@main.group()
+def baseline() -> None:
+    """Findings that a project knows and has put up with.
+
+    \b
+    Examples:
+      fxroof analyze mymodel.py --gpu b200 -f json=report.json
+      fxroof baseline write report.json
+      fxroof analyze mymodel.py --gpu b200 --baseline .fxroof-baseline.json
+      fxroof baseline prune report.json
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+
+
+_BASELINE = click.option(
+    "--baseline",
+    "file",
+    type=click.Path(path_type=Path),
+    default=".fxroof-baseline.json",
+    show_default=True,
+    help="The file.",
+)
+
+
+@baseline.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@_BASELINE
+def write(report: Path, file: Path) -> None:
+    """Write all findings of a saved REPORT into the file: they count no more, new ones do."""
+    _check_destination(file)
+    from .baseline import entries, to_text
+    from .report import read_report
+
+    _deliver(to_text(entries(read_report(report))), file)
+
+
+@baseline.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@_BASELINE
+def prune(report: Path, file: Path) -> None:
+    """Take out of the file what a saved REPORT no longer shows; its other GPUs and phases stay."""
+    _check_destination(file)
+    from .baseline import pruned, read, to_text
+    from .report import read_report
+
+    _deliver(to_text(pruned(read(file), read_report(report))), file)
+
+
+@main.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("head", type=click.Path(path_type=Path))
+@click.option(
+    "--budget",
+    "limits",
+    multiple=True,
+    metavar="METRIC=LIMIT",
+    help="Limit for the head, as in 'decode.tpot=12 ms' or 'decode.bytes=+2%'; may be repeated.  "
+    "[default: no phase takes 2% longer]",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(["error", "warning", "info", "never"]),
+    default="error",
+    show_default=True,
+    help="Severity from which a new finding fails.",
+)
+@click.option("--exit-zero", is_flag=True, help="Exit with 0 whatever is found.")
+@click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Modules to show of a phase.")
+@click.option(
+    "-f",
+    "--format",
+    "format_",
+    type=click.Choice(["terminal", "markdown", "json"]),
+    default="terminal",
+    show_default=True,
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write instead of standard output.")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")  # read where failures are told
+def diff(
+    base: Path,
+    head: Path,
+    limits: tuple[str, ...],
+    fail_on: str,
+    exit_zero: bool,
+    top: int,
+    format_: str,
+    output: Path | None,
+    debug: bool,  # noqa: ARG001
+) -> int:
+    """Compare two saved reports: what became slower or faster, where, why, and which findings are new.
+
+    \b
+    Examples:
+      fxroof diff base.json head.json
+      fxroof diff base.json head.json --budget 'decode.tpot=12 ms' --budget 'memory.total=+2%'
+      fxroof diff base.json head.json -f markdown -o comment.md
+
+    Both are written by `fxroof analyze ... -f json=FILE`. Exit code 1 says that a budget is exceeded, a finding as
+    severe as --fail-on is new, or a phase can no longer be analysed.
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+    _check_destination(output)
+    from .budgets import from_texts
+    from .diff import diff as compared
+    from .render import _diff
+    from .report import read_report
+
+    budgets = from_texts(limits)
+    found = compared(read_report(base), read_report(head), budgets=budgets, fail_on=fail_on)
+    if format_ == "terminal":
+        shown = _diff.terminal(found, _options(output, top=top))
+    else:
+        shown = _diff.markdown(found) if format_ == "markdown" else _diff.as_json(found)
+    _deliver(shown, output)
+    return EXIT_FOUND if found.failing and not exit_zero else 0
 
 
 @main.command()
@@ -463,6 +655,14 @@ def gpus(name: str | None) -> None:
         _deliver(_catalog.part(resolved.gpu, resolved.note, options), None)
 
 
+def _known(baseline: Path | None) -> Counter[Entry] | None:
+    if baseline is None:
+        return None
+    from .baseline import read
+
+    return read(baseline)
+
+
 def _saved_report(target: str) -> Report | None:
     """The report in a .json file, or None where that is something else."""
     path = Path(target)
@@ -479,7 +679,15 @@ def _saved_report(target: str) -> Report | None:
     return read_report(path) if "schema_version" in head else None
 
 
-_PRICING = ("execution", "select", "extend_select", "ignore", "rule_files", "min_saving")
+_PRICING = (
+    "execution",
+    "select",
+    "extend_select",
+    "ignore",
+    "per_module_ignore",
+    "rule_files",
+    "min_saving",
+)
 """Options that ask for a saved report to be priced again, as --gpu does."""
 
 
@@ -552,6 +760,16 @@ def _encodes(encoding: str, text: str) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
+
+
+def _outputs(formats: Sequence[tuple[str, Path | None]], output: Path | None) -> list[tuple[str, Path | None]]:
+    """Each format and where it goes; what names no file goes to --output, or to standard output."""
+    found = [(name, file or output) for name, file in formats]
+    files = [str(file.resolve()) for _, file in found if file is not None and str(file) != "-"]
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise click.UsageError(f"Two formats for {twice}: give each a file, as in -f json=report.json.")
+    return found
 
 
 def _check_destination(output: Path | None) -> None:

@@ -1,7 +1,7 @@
-"""What it costs GPUs that share a model to tell each other their parts. Pure arithmetic.
+"""What it costs GPUs that share a model to tell each other their parts, and one to copy from or to its host.
 
-All links are taken to join every GPU with every other (NVSwitch, Infinity Fabric): what a GPU sends, it sends at the
-bandwidth of all its links together.
+Pure arithmetic. All links between GPUs are taken to join every GPU with every other (NVSwitch, Infinity Fabric): what
+a GPU sends, it sends at the bandwidth of all its links together.
 """
 
 from collections import Counter
@@ -29,7 +29,11 @@ STEP = 0.6e-6
 HOST_STEP = 1.0e-6
 """The same over PCIe (hwLat of Ring LL)."""
 
+HOST_COPIES = ("to_host", "to_device")
+"""Kinds of exchange with the host, over the link to it."""
+
 _NAMES = {
+    "to_host": "device-to-host copy", "to_device": "host-to-device copy",
     "all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter",
     "all_to_all": "all-to-all",
 }  # fmt: skip
@@ -53,6 +57,8 @@ def least_seconds(exchange: Exchange, gpu: Gpu) -> float | None:
     Of an all-reduce every GPU must get each element of the result at least once, even where switches add (NVLink
     SHARP). Otherwise it must send or get all but its own part.
     """
+    if exchange.kind in HOST_COPIES:
+        return exchange.nbytes / gpu.host_bandwidth if gpu.host_bandwidth else None
     bandwidth = gpu.link_bandwidth or gpu.host_bandwidth
     if bandwidth is None:
         return None
@@ -63,7 +69,13 @@ def least_seconds(exchange: Exchange, gpu: Gpu) -> float | None:
 
 
 def expected(exchange: Exchange, gpu: Gpu) -> Expected:
-    """The faster of ring and one-shot: latency of its start and steps, then what is sent at the achieved bandwidth."""
+    """The faster of ring and one-shot: latency of its start and steps, then what is sent at the achieved bandwidth.
+
+    A copy from or to the host is one step.
+    """
+    if exchange.kind in HOST_COPIES:
+        seconds = HOST_STEP + exchange.nbytes / (ACHIEVED * gpu.host_bandwidth) if gpu.host_bandwidth else 0.0
+        return Expected(seconds=seconds, algorithm="copy" if seconds else "", sent_bytes=float(exchange.nbytes))
     bandwidth = gpu.link_bandwidth or gpu.host_bandwidth
     if bandwidth is None or exchange.gpus < 2:
         return Expected(seconds=0.0, algorithm="", sent_bytes=0.0)
@@ -111,4 +123,6 @@ def _worded(found: Iterable[tuple[Exchange, int]]) -> Iterable[str]:
              if exchange.nbytes >= scale),
             (float(exchange.nbytes), "B"),
         )  # fmt: skip
-        yield f"{count} {_NAMES.get(exchange.kind, exchange.kind)}{'s' if count > 1 else ''} of {size:.3g} {unit}"
+        name = _NAMES.get(exchange.kind, exchange.kind)
+        several = f"{name[:-1]}ies" if name.endswith("y") else f"{name}s"
+        yield f"{count} {several if count > 1 else name} of {size:.3g} {unit}"

@@ -47,22 +47,24 @@ class Gemm:
         m: rows of the result.
         n: columns of the result.
         k: inner size.
+        aligned: false where rows of an operand or of the result do not begin at multiples of 16 bytes.
     """
 
     batch: int
     m: int
     n: int
     k: int
+    aligned: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """What GPUs that share a model tell each other in one op.
+    """What GPUs that share a model tell each other in one op, or a GPU and its host.
 
     Attributes:
-        kind: `all_reduce`, `all_gather`, `reduce_scatter` or `all_to_all`.
+        kind: `all_reduce`, `all_gather`, `reduce_scatter` or `all_to_all`; `to_host` or `to_device` for a copy.
         nbytes: bytes of the tensor that one GPU holds before it (all_reduce, reduce_scatter, all_to_all) or after it
-            (all_gather).
+            (all_gather); bytes that a copy brings.
         gpus: how many take part.
     """
 
@@ -84,12 +86,14 @@ class Cost:
         scratch_written: bytes written to such buffers.
         dense_matmul: matmul FLOPs in the convention of other counters, where causality is ignored; None when
             that is what is executed.
-        tf32: true where PyTorch lets float32 operands round to TF32 by default (cuDNN convolutions).
+        tf32: true where PyTorch lets float32 operands round to TF32: by default in cuDNN convolutions, in products
+            where the program allows it.
         backend: the implementation the GPU would pick, where there is a choice.
         note: what was assumed for this op.
         gemms: the shapes of its matrix products, for tiles and waves; empty where none or not known.
         exchange: what it tells other GPUs, if anything.
         parts: the kernels it launches where there are several; their work and traffic add up to the whole.
+        waits: true where the host waits for it to be done, since Python or the launch of what follows needs a value.
     """
 
     status: Status = Status.PRICED
@@ -106,6 +110,7 @@ class Cost:
     gemms: tuple[Gemm, ...] = ()
     exchange: Exchange | None = None
     parts: "tuple[Part, ...]" = ()
+    waits: bool = False
 
     @property
     def matmul_flops(self) -> float:
@@ -210,6 +215,7 @@ class Call:
         gemms: tuple[Gemm, ...] = (),
         exchange: Exchange | None = None,
         parts: "tuple[Part, ...]" = (),
+        waits: bool = False,
     ) -> Cost:
         """The cost with the usual traffic: every tensor argument read once, every result written once.
 
@@ -229,6 +235,7 @@ class Call:
             gemms: see `Cost`.
             exchange: see `Cost`.
             parts: see `Cost`.
+            waits: see `Cost`.
         """
         return Cost(
             matmul=matmul or {},
@@ -244,8 +251,18 @@ class Call:
             gemms=gemms,
             exchange=exchange,
             parts=parts,
+            waits=waits,
         )
 
+
+ALLOWS_TF32 = "allow_tf32"
+"""Argument of a product whose float32 operands may be rounded to TF32, as some of ATen's convolutions have it."""
+
+CUBLAS = frozenset(
+    f"aten.{name}"
+    for name in ("linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "tensordot")
+)
+"""Products that cuBLAS computes, which rounds float32 operands only where the program allows it."""
 
 Formula = Callable[[Call], Cost]
 

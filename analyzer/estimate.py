@@ -34,6 +34,8 @@ class Derating:
         reading: share of the memory bandwidth, for kernels that mostly read.
         copying: the same, for those that write as well.
         matmul: share of the matmul peak for large square products; by dtype where measured.
+        misaligned: share of that which is left where rows do not begin at multiples of 16 bytes; None where nothing is
+            published.
         attention: share of the matmul peak in fused attention.
         vector: share of the peak of vector and special-function units.
         l2_bandwidth: byte/s; None where nothing is known of the part.
@@ -42,11 +44,13 @@ class Derating:
         memory_latency: seconds that a kernel which lives on device memory takes to get it going and to drain.
         launch: seconds of the host for an op that launches a kernel, in eager mode.
         launch_again: seconds of the host for each further kernel of the op.
+        read_back: seconds from when the GPU is done until the host has the value it waits for.
     """
 
     reading: Derated
     copying: Derated
     matmul: dict[str, Derated]
+    misaligned: Derated | None
     attention: Derated
     vector: Derated
     l2_bandwidth: Derated | None
@@ -55,6 +59,7 @@ class Derating:
     memory_latency: Derated
     launch: Derated
     launch_again: Derated
+    read_back: Derated
 
     @property
     def figures(self) -> tuple[Derated, ...]:
@@ -63,6 +68,7 @@ class Derating:
             self.reading,
             self.copying,
             *self.matmul.values(),
+            *((self.misaligned,) if self.misaligned else ()),
             self.attention,
             self.vector,
             *((self.l2_bandwidth,) if self.l2_bandwidth else ()),
@@ -71,6 +77,7 @@ class Derating:
             self.memory_latency,
             self.launch,
             self.launch_again,
+            self.read_back,
         )
 
 
@@ -82,6 +89,7 @@ def derating(gpu: Gpu) -> Derating:
         reading=reading,
         copying=copying,
         matmul={dtype: _matmul_share(gpu, dtype) for dtype in gpu.tensor},
+        misaligned=_misaligned_share(gpu),
         attention=_share("fused attention", 0.71, "FlashAttention-4 on B200: 1605 of 2250 TFLOP/s"),
         vector=_share("vector units", 0.8, "assumed"),
         l2_bandwidth=_l2_bandwidth(gpu),
@@ -109,6 +117,12 @@ def derating(gpu: Gpu) -> Derating:
             unit="s",
             value=5e-6,
             source="eager PyTorch without Python: pytorch#41383",
+        ),
+        read_back=Derated(
+            name="reading a value back",
+            unit="s",
+            value=10e-6,
+            source="assumed: a copy into pageable memory, and the host waking up",
         ),
     )
 
@@ -173,7 +187,8 @@ def _matmul_seconds(
         operands = item * sum(g.batch * (g.m * g.k + g.n * g.k + g.m * g.n) for g in cost.gemms)
         item *= min(1.0, moved / operands)  # packed weights pass L2 as they are stored
         for gemm in cost.gemms:
-            needed, loaded = _tiled(gemm, peak * ideal / flops, gpu.sm_count, item, l2_rate)
+            left = 1.0 if gemm.aligned or reached.misaligned is None else reached.misaligned.value
+            needed, loaded = _tiled(gemm, left * peak * ideal / flops, gpu.sm_count, item, l2_rate)
             tensor += needed
             tiles += loaded
     return tensor, vector, tiles
@@ -248,6 +263,14 @@ def _matmul_share(gpu: Gpu, dtype: str) -> Derated:
     return _share(of, 0.78, "A100, H100 and B200 (stas00/ml-engineering)", dtype)
 
 
+def _misaligned_share(gpu: Gpu) -> Derated | None:
+    """Hopper's own instructions load through a unit that wants 16 bytes; what remains are those of Ampere."""
+    if gpu.vendor != "nvidia" or gpu.compute_capability != (9, 0):
+        return None
+    source = "mma.sync on Hopper (arXiv 2501.12084); wgmma wants 16 bytes (cuBLASDx documentation)"
+    return _share("that for products off 16 bytes", 0.63, source)
+
+
 def _l2_bandwidth(gpu: Gpu) -> Derated | None:
     name, unit = "L2", "B/s"
     if gpu.l2_bandwidth_measured:
@@ -294,15 +317,17 @@ class Launch:
         busy: seconds on the GPU.
         host: seconds that the host needs before the GPU can start it.
         repeat: times in a row.
+        read_back: seconds from its end until the host goes on; None where the host does not wait for it.
     """
 
     busy: float
     host: float
     repeat: int = 1
+    read_back: float | None = None
 
 
 def queued(launches: Iterable[Launch]) -> list[float]:
-    """Seconds that each launch adds to a step: the GPU waits for the host, the host never for the GPU.
+    """Seconds that each launch adds to a step: the GPU waits for the host, the host for what it reads back.
 
     Both start idle, as after a token that was handed to the user.
     """
@@ -311,7 +336,12 @@ def queued(launches: Iterable[Launch]) -> list[float]:
     for launch in launches:
         before = end
         first = host + launch.host
-        host += launch.repeat * launch.host
-        end = max(max(first, end) + launch.repeat * launch.busy, host + launch.busy)
+        if launch.read_back is None:
+            host += launch.repeat * launch.host
+            end = max(max(first, end) + launch.repeat * launch.busy, host + launch.busy)
+        else:  # one turn after the other, with nothing queued in between
+            again = launch.read_back + launch.host + launch.busy
+            end = max(first, end) + launch.busy + (launch.repeat - 1) * again
+            host = end + launch.read_back
         added.append(end - before)
     return added

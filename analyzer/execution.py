@@ -103,8 +103,7 @@ def execute(graph: Graph, kernels: Sequence[Kernel], gpu: Gpu, reached: Derating
     ]
     timed = [placed[i] for i in folded.source]
     again = [False, *(a.ops == b.ops for a, b in pairwise(kernels))][: len(kernels)]
-    hosts = (reached.launch.value, reached.launch_again.value) if eager else (0.0, 0.0)
-    times = queued([Launch(t.busy.seconds, hosts[a], k.repeat) for t, a, k in zip(timed, again, kernels, strict=True)])
+    times = queued(_launches(kernels, [t.busy.seconds for t in timed], again, reached, eager=eager))
     names = [op.name for op in graph.ops]
     analyses = tuple(
         [
@@ -131,6 +130,23 @@ def execute(graph: Graph, kernels: Sequence[Kernel], gpu: Gpu, reached: Derating
         ),
         tuple([t.placement for t in timed]),
     )
+
+
+def _launches(
+    kernels: Sequence[Kernel], busy: Sequence[float], again: Sequence[bool], reached: Derating, *, eager: bool
+) -> list[Launch]:
+    """The kernels as they are queued; a value that is read back cuts a CUDA graph in two, each launched by the host."""
+    launches: list[Launch] = []
+    waited = False
+    for index, kernel in enumerate(kernels):
+        waits = kernel.cost.waits
+        if eager:
+            host = reached.launch_again.value if again[index] else reached.launch.value
+        else:
+            host = reached.launch.value if waits or waited else 0.0
+        launches.append(Launch(busy[index], host, kernel.repeat, reached.read_back.value if waits else None))
+        waited = waits
+    return launches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

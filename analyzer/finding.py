@@ -74,6 +74,7 @@ class Finding:
         confidence: high, medium or low.
         phases: in which it was found.
         module: module path, numbers that differ between layers replaced by `*`.
+        op: operator that is shown for it, without overload; empty for what belongs to no op.
         count: places in the program that the line stands for.
         file: the user's file, or the library's; empty for what belongs to no line.
         line: line in `file`; 0 where there is none.
@@ -85,6 +86,8 @@ class Finding:
         saving_seconds: what that saves in each phase, by the estimate of the execution asked for.
         saving_bound_seconds: the same by the bound.
         alternatives: remedies that exclude each other; `saving_seconds` is that of the first.
+        saving_per: `step`: a run of the phase takes so much less; `token`: so much less a run's worth of tokens, with
+            another batch or several tokens at once.
         suppressed: why it does not count; empty if it does.
     """
 
@@ -94,6 +97,7 @@ class Finding:
     confidence: Confidence
     phases: tuple[str, ...]
     module: str
+    op: str
     count: int
     file: str
     line: int
@@ -105,6 +109,7 @@ class Finding:
     saving_seconds: dict[str, float]
     saving_bound_seconds: dict[str, float]
     alternatives: tuple[Alternative, ...] = ()
+    saving_per: str = "step"
     suppressed: str = ""
 
 
@@ -128,6 +133,10 @@ class Step:
 _Found = TypeVar("_Found")
 
 
+def _not_to_be_had(scenario: Scenario, phase: str) -> Graph | None:  # noqa: ARG001  # as all that stand in its place
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
     """One phase of a model on one GPU: all that a rule may look at.
@@ -141,6 +150,8 @@ class Situation:
         gpu: the part.
         scenario: batch and lengths.
         memory: what must fit; None where that is not known.
+        retraced: a phase of the same model in another scenario, by its name; None where it cannot be had. Each is
+            traced but once, when it is first asked for.
     """
 
     graph: Graph
@@ -151,6 +162,7 @@ class Situation:
     gpu: Gpu
     scenario: Scenario
     memory: Memory | None
+    retraced: Callable[[Scenario, str], Graph | None] = _not_to_be_had
     _known: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, find: Callable[["Situation"], _Found]) -> _Found:
@@ -161,6 +173,9 @@ class Situation:
 
 
 Rewrite = Callable[[Draft], None]
+
+Stated = tuple[float, float]
+"""Seconds saved of the bound and of the estimate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +189,10 @@ class Match:
         remedy: what to do.
         confidence: how sure it is that the remedy applies.
         rewrite: how the remedy changes the graph; None where it does not change this graph.
-        alternatives: other rewrites by name, which exclude the first and each other.
+        alternatives: other rewrites by name, or what they save, which exclude the first and each other.
         saving: seconds of (bound, estimate) where no rewrite of this graph says it: arithmetic on the analysis.
+        per_token: true where `saving` and stated alternatives are for the tokens that a step of the phase makes as
+            it is, which another batch or several tokens at once make in less than a step.
         replayed: true where the remedy launches the very same kernels by a CUDA graph.
         always: true where the finding is reported whatever it saves.
     """
@@ -186,8 +203,9 @@ class Match:
     evidence: Evidence = field(default_factory=dict)
     confidence: Confidence = Confidence.HIGH
     rewrite: Rewrite | None = None
-    alternatives: Mapping[str, Rewrite] = field(default_factory=dict)
-    saving: tuple[float, float] | None = None
+    alternatives: Mapping[str, "Rewrite | Stated"] = field(default_factory=dict)
+    saving: "Stated | None" = None
+    per_token: bool = False
     replayed: bool = False
     always: bool = False
 

@@ -19,6 +19,7 @@ _COPIES = frozenset(
         "aten.clone", "aten.contiguous", "aten.to", "aten._to_copy", "aten.reshape", "aten.flatten", "aten.copy",
         "aten.expand_copy", "aten.slice_copy", "aten.narrow_copy", "aten.detach_copy", "aten.lift_fresh_copy",
         "aten.roll", "aten.index_select", "aten.repeat_interleave", "aten.type_as",
+        "fxroof.to_host", "fxroof.to_device",
     }
 )  # fmt: skip
 

@@ -6,8 +6,9 @@ buffer is written by a loop, and loops over the same elements that share memory 
 from outside nor hands on costs nothing.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 from .cost import Access, Cost, Status
@@ -15,7 +16,7 @@ from .fusion_costs import kernels_of, written_once
 from .fusion_kinds import Kind, Trait, kind_of, trait
 from .fusion_layout import is_in_order, keeps_order, moves_in_rows, reduced_dims, rows_of
 from .fusion_loops import Buffer, Loop, Read, Schedule, splits
-from .graph import ITEM_BITS, Graph, Op, Role, Tensor
+from .graph import ITEM_BITS, Graph, Op, Role, Tensor, is_read_back
 from .kernels import Kernel
 
 _REUSED_READS = 4
@@ -39,13 +40,31 @@ def compiled_kernels(graph: Graph, costs: Sequence[Cost]) -> tuple[Kernel, ...]:
 
     A kernel's traffic is what it takes from memory and leaves there, in bytes; work that several kernels repeat is
     counted in each of them. Ops without a formula stand alone. Ops that are free or that nobody needs are in no kernel.
+    A value that the host reads back ends what is compiled as one: nothing is fused across it.
     """
-    lowering = _Lowering(graph, [written_once(graph, cost) for cost in costs])
-    lowering.run()
     kernels: list[Kernel] = []
-    for loop in lowering.schedule.in_order():
-        kernels += kernels_of(graph, costs, loop)
+    for start, part in _between_reads(graph, costs):
+        charged = costs[start : start + len(part.ops)]
+        lowering = _Lowering(part, [written_once(part, cost) for cost in charged])
+        lowering.run()
+        for loop in lowering.schedule.in_order():
+            made = kernels_of(part, charged, loop)
+            kernels += [replace(k, ops=tuple([start + i for i in k.ops])) for k in made] if start else made
     return tuple(kernels)
+
+
+def _between_reads(graph: Graph, costs: Sequence[Cost]) -> Iterator[tuple[int, Graph]]:
+    """Each stretch of a graph that ends with a value for the host: where it starts, and what it hands on as outputs."""
+    ends = [index + 1 for index, op in enumerate(graph.ops) if is_read_back(op) and costs[index].waits]
+    if not ends:
+        yield 0, graph
+        return
+    for start, end in pairwise([0, *ends, len(graph.ops)]):
+        ops = graph.ops[start:end]
+        made = {graph.tensors[i].storage for op in ops for i in (*op.outputs, *graph.mutated(op))}
+        later = (i for index in range(end, len(graph.ops)) if index not in graph.idle for i in graph.ops[index].inputs)
+        wanted = dict.fromkeys(i for i in later if graph.tensors[i].storage in made)
+        yield start, replace(graph, ops=ops, outputs=tuple(dict.fromkeys((*graph.outputs, *wanted))))
 
 
 @dataclass(slots=True, eq=False)

@@ -113,7 +113,7 @@ def _all_ones(size: Arg) -> bool:
 
 
 def _kind(target: str, name: str) -> Kind:
-    if name in _EXTERN:
+    if name in _EXTERN or target.startswith("fxroof.read_later."):
         return Kind.EXTERN
     kind = _BY_FAMILY.get(_family(target), Kind.EXTERN)
     if kind is Kind.NORM:

@@ -6,7 +6,7 @@ either lives in the storage of an input or it does not.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
@@ -149,6 +149,7 @@ class Op:
         repeat: times it runs: the trip count of the loops around it.
         branch: branches of conditions it belongs to, outermost first, each as `name of the condition:number`.
         kernel: name of the op whose kernel computes it on chip; empty for an op of its own.
+        number: symbol under which the number that it hands to the host is among later arguments; empty for none.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Op:
     repeat: int = 1
     branch: tuple[str, ...] = ()
     kernel: str = ""
+    number: str = ""
 
     @functools.cached_property
     def inputs(self) -> tuple[int, ...]:
@@ -209,15 +211,10 @@ class Graph:
         Layers are alike, so that a model of 5,000 ops has some 60 kinds.
         """
         known: dict[tuple[object, ...], int] = {}
-        layouts: dict[tuple[object, ...], int] = {}
-        layout = [
-            layouts.setdefault((t.dtype, t.shape, t.stride, t.offset, s.nbytes, s.role), len(layouts))
-            for t in self.tensors
-            for s in (self.storages[t.storage],)
-        ]
+        layout = _Layouts(self)
         return tuple(known.setdefault(self._likeness(op, layout), len(known)) for op in self.ops)
 
-    def _likeness(self, op: Op, layout: list[int]) -> tuple[object, ...]:
+    def _likeness(self, op: Op, layout: "_Layouts") -> tuple[object, ...]:
         order: dict[int, int] = {}
 
         def seen(tensor: int) -> tuple[int, int]:
@@ -236,6 +233,16 @@ class Graph:
         aliasing = tuple([homes.setdefault(self.tensors[tensor].storage, len(homes)) for tensor in order])
         return op.target, op.mutates, op.repeat, op.kernel, tuple(values), results, aliasing
 
+    @functools.cached_property
+    def idle(self) -> frozenset[int]:
+        """Ops that move or compute what nobody needs; views, which do nothing, left out."""
+        live = needed(self.ops, self.tensors, self.outputs, self)
+        return frozenset(
+            index
+            for index, (op, wanted) in enumerate(zip(self.ops, live, strict=True))
+            if not wanted and not is_assertion(op) and not self.is_view(op)
+        )
+
     def role(self, tensor: int) -> Role:
         """Role of the storage behind a tensor."""
         return self.storages[self.tensors[tensor].storage].role
@@ -252,6 +259,74 @@ class Graph:
             return False
         homes = {self.tensors[i].storage for i in op.inputs}
         return all(self.tensors[i].storage in homes for i in op.outputs)
+
+
+class _Layouts(dict[int, int]):
+    """A number for every tensor, equal for those of equal layout; found for those that are asked for."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.known: dict[tuple[object, ...], int] = {}
+
+    def __missing__(self, tensor: int) -> int:
+        t = self.graph.tensors[tensor]
+        home = self.graph.storages[t.storage]
+        name = (t.dtype, t.shape, t.stride, t.offset, home.nbytes, home.role)
+        self[tensor] = found = self.known.setdefault(name, len(self.known))
+        return found
+
+
+def needed(
+    ops: Sequence[Op],
+    tensors: Sequence[Tensor],
+    outputs: Iterable[int],
+    graph: Graph,
+    kept: Container[int] = (),
+) -> list[bool]:
+    """For every op whether something of what it does is left: in a result, in memory that stays, or with the host.
+
+    Args:
+        ops: in order.
+        tensors: theirs.
+        outputs: tensors that are returned.
+        graph: whose inputs, weights and caches stay.
+        kept: ops that count as needed.
+    """
+    given = {graph.tensors[i].storage for i in graph.inputs}
+    lasting = {i for i, s in enumerate(graph.storages) if s.role in (Role.WEIGHT, Role.KV_CACHE, Role.CONSTANT)} | given
+    wanted = {tensors[i].storage for i in outputs}
+    live = [False] * len(ops)
+    for index in range(len(ops) - 1, -1, -1):
+        op = ops[index]
+        touched = {tensors[i].storage for name in op.mutates for i in _refs(op.args.get(name))}
+        made = {tensors[i].storage for i in op.outputs}
+        live[index] = (
+            not made.isdisjoint(wanted)
+            or not (touched.isdisjoint(wanted) and touched.isdisjoint(lasting))
+            or index in kept
+            or is_read_back(op)
+            or op.target.startswith(("fxroof.to_host.", "fxroof.to_device."))  # which Python may look at or keep
+        )
+        if live[index]:
+            wanted |= {tensors[i].storage for i in op.inputs}
+    dropped = {
+        tensors[i].storage for op, stays in zip(ops, live, strict=True) if not stays for i in op.outputs
+    } - wanted
+    for index, op in enumerate(ops):
+        if is_assertion(op):  # which goes with what it looks at
+            live[index] = not dropped & {tensors[i].storage for i in op.inputs}
+    return live
+
+
+def is_assertion(op: Op) -> bool:
+    """True where an op only looks at tensors: it returns, changes and hands on nothing."""
+    return not op.outputs and not op.mutates and not is_read_back(op)
+
+
+def is_read_back(op: Op) -> bool:
+    """True where an op hands a value to the host, whose use the graph does not show."""
+    return op.target.startswith(("aten.item.", "aten._local_scalar_dense.", "fxroof.read_later."))
 
 
 def dataflow(graph: Graph) -> "nx.DiGraph[int]":

@@ -11,7 +11,7 @@ import msgspec
 
 from .errors import FxroofError
 from .graph import Graph
-from .report import ModelInfo, PhaseFailure
+from .report import ModelInfo, PhaseFailure, Traced
 from .request import Request
 from .scenario import Scenario
 
@@ -77,14 +77,22 @@ Frame = Progress | Opened | PhaseTraced | PhaseFailed | Refused | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traced:
-    """A model's graphs by phase, and the phases that failed."""
+class Collected:
+    """A traced model, and by which torch."""
 
-    model: ModelInfo
-    scenario: Scenario
-    graphs: dict[str, Graph]
-    failures: tuple[PhaseFailure, ...]
+    traced: Traced
     torch_version: str
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """A phase of the same model in another scenario, which the child of a box traces as well."""
+
+    scenario: Scenario
+    phase: str
+
+
+Again = Callable[[Question], Iterable[Frame]]
+"""Traces the model that was traced before once more."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +102,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         request: what to build and trace.
         secret: what every frame starts with, so that nothing written by accident is taken for one.
         answers: file descriptor to write frames to.
+        questions: file descriptor to read further questions from, one a line; what was asked first is done then.
         places: file descriptor to write the stack to when signalled.
         parent: process id of the box's owner, without which the child has no reason to live.
         debug: show tracebacks and the warnings of libraries.
@@ -102,6 +111,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     request: Request
     secret: str
     answers: int
+    questions: int
     places: int
     parent: int
     debug: bool
@@ -112,7 +122,7 @@ def stack_signal() -> signal.Signals:
     return signal.SIGUSR2
 
 
-def collect(frames: Iterable[Frame], say: Say) -> Traced:
+def collect(frames: Iterable[Frame], say: Say) -> Collected:
     """All frames put together.
 
     Raises:
@@ -143,11 +153,13 @@ def collect(frames: Iterable[Frame], say: Say) -> Traced:
         failed |= dict.fromkeys(missing, as_failure(error))
     if opened is None or not graphs:
         raise as_error(next(iter(failed.values()), _NOTHING))
-    return Traced(
-        model=opened.model,
-        scenario=opened.scenario,
-        graphs=graphs,
-        failures=tuple(PhaseFailure(phase=n, message=f.message, hint=f.hint) for n, f in failed.items()),
+    return Collected(
+        traced=Traced(
+            model=opened.model,
+            scenario=opened.scenario,
+            graphs=graphs,
+            failures=tuple(PhaseFailure(phase=n, message=f.message, hint=f.hint) for n, f in failed.items()),
+        ),
         torch_version=opened.torch_version,
     )
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
+from .repetition import longest_run
+
 
 @dataclass(frozen=True, slots=True)
 class Touch:
@@ -86,7 +88,8 @@ def fold(sequence: Sequence[Sequence[Touch]], kinds: Sequence[int]) -> Folded:
         )
         for index, kind in enumerate(kinds)
     ]
-    start, period, turns = _longest_run(shape)
+    layers = longest_run(shape, left=_TURNS_KEPT + 1)
+    start, period, turns = (layers.start, layers.period, layers.turns) if layers else (0, 0, 0)
     count = len(sequence)
     gap = max(0, turns - _TURNS_KEPT - 1) * period
     first_gone = start + _TURNS_KEPT * period if gap else count
@@ -193,32 +196,6 @@ def _neighbours(sequence: Sequence[Sequence[Touch]]) -> tuple[_Places, _Places]:
 
 
 _TURNS_KEPT = 3
-
-
-def _longest_run(shape: Sequence[int]) -> tuple[int, int, int]:
-    """(start, period, turns) of the repetition that covers most of a sequence; no turns when there is none."""
-    gaps: Counter[int] = Counter()
-    last: dict[int, int] = {}
-    for index, name in enumerate(shape):
-        if name in last:
-            gaps[index - last[name]] += 1
-        last[name] = index
-    best = (0, 0, 0)
-    covered = 0
-    for period, _ in gaps.most_common(_PERIODS_TRIED):
-        run = longest = end = 0
-        for index in range(period, len(shape)):
-            run = run + 1 if shape[index] == shape[index - period] else 0
-            if run > longest:
-                longest, end = run, index + 1
-        turns = longest // period + 1
-        if longest >= period and turns > _TURNS_KEPT + 1 and longest - (_TURNS_KEPT + 1) * period > covered:
-            covered = longest - (_TURNS_KEPT + 1) * period
-            best = (end - longest - period, period, turns)
-    return best
-
-
-_PERIODS_TRIED = 24
 
 
 def _nearest_first(

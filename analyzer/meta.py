@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 
+from .residence import HOST, Residence, current, default_to, residing
 from .values import Values, following
 
 SMALL = 1 << 22
@@ -69,10 +70,11 @@ _AUTOCAST_HIGH = frozenset(
 class _Redirect(TorchFunctionMode):
     """Sends every tensor to meta (or, below `keep` elements, to the CPU) whatever device was asked for."""
 
-    def __init__(self, keep: int, values: Values | None = None) -> None:
+    def __init__(self, keep: int, values: Values | None = None, residence: Residence | None = None) -> None:
         super().__init__()
         self.keep = keep
         self.values = values
+        self.residence = residence
         self.autocast: list[torch.dtype | None] = []
 
     def __torch_function__(
@@ -86,22 +88,57 @@ class _Redirect(TorchFunctionMode):
         if func in _FACTORIES:
             return self._create(func, args, kwargs)
         if func in _MOVES:
-            return args[0]
-        if func == _DEVICE and _asked_by(_CUDA_ONLY):
-            return torch.device("cuda")
+            return self._moved(args[0], *_asked(func, args, kwargs))
+        if func == _DEVICE:
+            if _asked_by(_CUDA_ONLY):
+                return torch.device("cuda")
+            if self.residence is not None and self.residence.is_on_host(args[0]):
+                return HOST
+        if func is torch.Tensor.type_as and self.residence is not None and self.residence.are_apart(*args[:2]):
+            func, args = torch.Tensor.to, args[:2]  # which takes it to the other's device
         if func is torch.Tensor.to:
+            device, non_blocking = _asked(func, args, kwargs)
             args, kwargs = _without_device(args, kwargs)
-            if len(args) == 1 and not kwargs:
-                return args[0]
-        elif func is torch.Tensor.type and args[1:] and isinstance(args[1], str):
+            # a copy to another device is cast before it leaves
+            made = args[0] if len(args) == 1 and not kwargs else self._call(func, args, kwargs)
+            return self._moved(made, device, non_blocking)
+        if func is torch.Tensor.type and args[1:] and isinstance(args[1], str):
             args = (args[0], getattr(torch, _LEGACY_TYPES.get(args[1].rsplit(".", 1)[-1], "float32")))
         elif "device" in kwargs:
-            kwargs["device"] = torch.device("meta")
+            device, kwargs["device"] = kwargs["device"], torch.device("meta")
+            made = self._call(func, args, kwargs)
+            if self.residence is not None and device is not None and isinstance(made, torch.Tensor):
+                self.residence.put(made, host=self.residence.is_host(device))
+            return made
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         if self.autocast and self.autocast[-1] is not None:
             args, kwargs = _autocast(func, args, kwargs, self.autocast[-1])
         if self.keep:
             args, kwargs = _one_device(args, kwargs)
-        return func(*args, **kwargs) if self.values is None else self.values.call(func, args, kwargs)
+        result = func(*args, **kwargs) if self.values is None else self.values.call(func, args, kwargs)
+        if self.residence is not None:
+            self.residence.follow(func, args, kwargs, result)
+        return result
+
+    def _moved(self, tensor: torch.Tensor, device: Any, non_blocking: bool) -> torch.Tensor:
+        if self.residence is None or device is None:
+            return tensor
+        made = self.residence.moved(tensor, host=self.residence.is_host(device), non_blocking=non_blocking)
+        if self.values is not None and made is not tensor:
+            self.values.copied(tensor, made)
+        return made
+
+    def module_moved(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """In place of `nn.Module.to`."""
+        device, non_blocking = _asked(torch.Tensor.to, (module, *args), kwargs)
+        args, kwargs = _without_device((module, *args), kwargs)
+        if len(args) > 1 or kwargs:
+            _real_module_to(*args, **kwargs)
+        if self.residence is not None and device is not None:
+            self.residence.move_module(module, host=self.residence.is_host(device), non_blocking=non_blocking)
+        return module
 
     def _create(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         # the meta device has no pinned memory, and only values that come from data need the CPU
@@ -110,11 +147,19 @@ class _Redirect(TorchFunctionMode):
             func, args = torch.full, ((), args[0])  # keeps the value in the graph, where loops are counted by it
         if func is torch.from_numpy:
             made = func(*args)
-            return made if self.keep and made.numel() <= self.keep else made.to("meta")
-        kwargs["device"] = "meta"
+            made = made if self.keep and made.numel() <= self.keep else made.to("meta")
+            if self.residence is not None:
+                self.residence.created(func, args, None, made)
+            return made
+        device, kwargs["device"] = kwargs.get("device"), "meta"
         made = func(*args, **kwargs)
         if self.values is not None:
             self.values.created(func, args, kwargs, made)
+        if self.residence is not None:
+            if func is torch.as_tensor and isinstance(args[0], torch.Tensor):
+                self.residence.follow(func, args, {}, made)
+                return self._moved(made, device, False)
+            self.residence.created(func, args, device, made)
         if not self.keep or made.numel() > self.keep or any(_is_meta(a) for a in args):
             return made
         kwargs["device"] = "cpu"
@@ -139,7 +184,14 @@ def _asked_by(modules: Collection[Any], frames: int = 6) -> bool:
 
 
 def _fake_device(self: FakeTensor) -> torch.device:
-    return torch.device("cuda") if _asked_by(_CUDA_ONLY, 1) else _real_fake_device(self)
+    if _asked_by(_CUDA_ONLY, 1):
+        return torch.device("cuda")
+    residence = current()
+    if residence is not None and residence.has_host:
+        asks = sys._getframe(1).f_code.co_filename
+        if not asks.startswith(_TORCH) and residence.is_on_host(self):
+            return HOST
+    return _real_fake_device(self)
 
 
 _real_fake_device: Callable[[FakeTensor], torch.device] = vars(FakeTensor)["device"].fget
@@ -168,9 +220,21 @@ def building() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """For forwards: everything on meta, devices redirected, autocast made explicit, export kept secret."""
-    with torch.no_grad(), following() as values, _redirected(0, values) as mode, _patched_autocast(mode), _as_run():
+def tracing(residence: Residence | None = None) -> Iterator[None]:
+    """For forwards: everything on meta, devices redirected, autocast made explicit, export kept secret.
+
+    Args:
+        residence: what is on the host when the forward begins, and is told of what moves.
+    """
+    where = residence or Residence()
+    with (
+        torch.no_grad(),
+        following() as values,
+        residing(where),
+        _redirected(0, values, where) as mode,
+        _patched_autocast(mode),
+        _as_run(),
+    ):
         yield
 
 
@@ -207,17 +271,18 @@ def expose_plain_tensors(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _redirected(keep: int, values: Values | None = None) -> Iterator[_Redirect]:
-    mode = _Redirect(keep, values)
+def _redirected(keep: int, values: Values | None = None, residence: Residence | None = None) -> Iterator[_Redirect]:
+    mode = _Redirect(keep, values, residence)
     replaced: list[tuple[Any, str, Any]] = []
 
     def patch(owner: Any, name: str, value: Any) -> None:
         replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
-    patch(nn.Module, "cuda", lambda self, *_, **__: self)
-    patch(nn.Module, "to", _module_to)
-    patch(torch, "set_default_device", lambda *_: None)
+    patch(nn.Module, "to", lambda self, *args, **kwargs: mode.module_moved(self, *args, **kwargs))
+    patch(nn.Module, "cuda", lambda self, *_, **__: mode.module_moved(self, "cuda"))
+    patch(nn.Module, "cpu", lambda self: mode.module_moved(self, HOST))
+    patch(torch, "set_default_device", default_to)
     patch(torch.cuda, "set_device", lambda *_: None)
     patch(torch.cuda, "synchronize", lambda *_: None)
     patch(torch.cuda, "empty_cache", lambda: None)
@@ -232,9 +297,19 @@ def _redirected(keep: int, values: Values | None = None) -> Iterator[_Redirect]:
 _real_module_to = nn.Module.to
 
 
-def _module_to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    args, kwargs = _without_device((self, *args), kwargs)
-    return _real_module_to(*args, **kwargs) if len(args) > 1 or kwargs else self
+def _asked(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """The device that a move asks for, or a tensor that is there; None for none. And whether it does not wait."""
+    if func is torch.Tensor.cpu:
+        return HOST, False
+    if func is not torch.Tensor.to:
+        device = None if func is torch.Tensor.pin_memory else "cuda"
+        return device, bool(kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+    rest = [kwargs[name] for name in ("device", "other") if kwargs.get(name) is not None]
+    flags = [a for a in args[1:] if isinstance(a, bool)]
+    numbers = [a for a in args[1:2] if isinstance(a, int) and not isinstance(a, bool)]
+    named = [a for a in args[1:2] if isinstance(a, str | torch.device | torch.Tensor)]
+    device = next(iter((*rest, *named, *numbers)), None)
+    return device, bool(kwargs.get("non_blocking", flags[0] if flags else False))
 
 
 def _without_device(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

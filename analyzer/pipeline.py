@@ -4,7 +4,7 @@ A target's code runs in a box, see `box.py`; its graphs come back and are priced
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..hardware.catalog import CATALOG_VERSION, Resolved
@@ -18,9 +18,9 @@ from .estimate import derating
 from .finding import Rule, Situation
 from .garbage import without_collection
 from .graph import Graph, Role
-from .handover import Traced, collect
+from .handover import Again, Collected, Frame, Question, collect
 from .memory import BLOCK, memory
-from .report import GpuInfo, Report, Run, fxroof_version
+from .report import GpuInfo, Report, Run, Traced, fxroof_version
 from .request import Request
 from .review import LEAST_SAVING, RuleFailure, Selection, load_rules, review, selected
 from .rewrite import Flow
@@ -105,8 +105,8 @@ def analyze(
         resolved = [load_gpu(name) for name in names]  # before the slow part: a typing error should not cost a trace
         from .capture import from_live
 
-        frames = from_live(model, example_inputs, scenario, phase, dtype, assume)
-        return _priced(collect(frames, progress), resolved, asked, progress)
+        frames, again = from_live(model, example_inputs, scenario, phase, dtype, assume)
+        return _priced(collect(frames, progress), resolved, asked, progress, again)
     if example_inputs is not None:
         raise FxroofError(
             f"{model}: example_inputs go with a module; this is the name of one.",
@@ -128,11 +128,12 @@ def analyze(
         progress("importing torch")
         from .capture import from_request
 
-        return _priced(collect(from_request(request, debug=debug), progress), resolved, asked, progress)
+        frames, again = from_request(request, debug=debug)
+        return _priced(collect(frames, progress), resolved, asked, progress, again)
     limits = box.Limits(seconds=timeout, memory=memory_limit)
     with box.Box(request, limits=limits, debug=debug) as child:
         resolved = [load_gpu(name) for name in names]  # while the child imports torch
-        return _priced(collect(child.frames(), progress), resolved, asked, progress)
+        return _priced(collect(child.frames(), progress), resolved, asked, progress, child.again)
 
 
 def analyze_model(
@@ -148,7 +149,12 @@ def analyze_model(
 
     asked = _Asked(selection=selection or Selection())
     resolved = [load_gpu(name) for name in gpus]
-    return _priced(collect(from_model(model, scenario or Scenario(), phase), _silent), resolved, asked, _silent)
+
+    def again(question: Question) -> Iterable[Frame]:
+        return from_model(model, question.scenario, question.phase)
+
+    frames = from_model(model, scenario or Scenario(), phase)
+    return _priced(collect(frames, _silent), resolved, asked, _silent, again)
 
 
 def reprice(
@@ -160,16 +166,22 @@ def reprice(
     least_saving: float = LEAST_SAVING,
 ) -> Report:
     """The same graphs on other GPUs or in another execution; needs no torch. Errors as `analyze`."""
-    traced = Traced(
-        model=report.model,
-        scenario=report.scenario,
-        graphs=report.graphs,
-        failures=report.failures,
-        torch_version=report.torch_version,
+    resolved = [load_gpu(name) for name in gpus]
+    asked = _Asked(execution, selection or Selection(), least_saving)
+    return merged(
+        _priced(Collected(traced=traced, torch_version=report.torch_version), resolved, asked, _silent)
+        for traced in report.traces
     )
-    return _priced(
-        traced, [load_gpu(name) for name in gpus], _Asked(execution, selection or Selection(), least_saving), _silent
-    )
+
+
+def merged(reports: Iterable[Report]) -> Report:
+    """Reports of several models or scenarios as one: those of the same fxroof, torch and catalogue."""
+    first, *others = reports
+    traces, runs = list(first.traces), list(first.runs)
+    for report in others:
+        runs += [replace(run, traced=run.traced + len(traces)) for run in report.runs]
+        traces += report.traces
+    return replace(first, traces=tuple(traces), runs=tuple(runs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,23 +215,49 @@ def _silent(_: str) -> None:
     pass
 
 
-def _priced(traced: Traced, resolved: Iterable[Resolved], asked: _Asked, progress: Progress) -> Report:
+def _priced(
+    collected: Collected, resolved: Iterable[Resolved], asked: _Asked, progress: Progress, again: Again | None = None
+) -> Report:
     progress("pricing")
+    retraced = _Retraced(again, progress)
     with without_collection():
-        runs = tuple(_run(traced, gpu, asked) for gpu in resolved)
+        runs = tuple(_run(collected.traced, gpu, asked, retraced) for gpu in resolved)
     return Report(
         fxroof_version=fxroof_version(),
-        torch_version=traced.torch_version,
+        torch_version=collected.torch_version,
         catalog_version=CATALOG_VERSION,
-        model=traced.model,
-        scenario=traced.scenario,
-        graphs=traced.graphs,
+        traces=(collected.traced,),
         runs=runs,
-        failures=traced.failures,
     )
 
 
-def _run(traced: Traced, resolved: Resolved, asked: _Asked) -> Run:
+class _Retraced:
+    """Phases of the same model in other scenarios, each traced when it is first asked for."""
+
+    def __init__(self, again: Again | None, progress: Progress) -> None:
+        self._again = again
+        self._progress = progress
+        self._known: dict[tuple[Scenario, str], Graph | None] = {}
+
+    def __call__(self, scenario: Scenario, phase: str) -> Graph | None:
+        asked = (scenario, phase)
+        if asked not in self._known:
+            self._known[asked] = self._trace(Question(scenario=scenario, phase=phase))
+        return self._known[asked]
+
+    def _trace(self, question: Question) -> Graph | None:
+        if self._again is None:
+            return None
+        self._progress(f"tracing {question.phase} as remedies would have it")
+        try:
+            found = collect(self._again(question), _silent).traced
+        except FxroofError:  # a remedy whose worth cannot be computed is not offered
+            return None
+        same = found.scenario == question.scenario
+        return found.graphs.get(question.phase) if same else None
+
+
+def _run(traced: Traced, resolved: Resolved, asked: _Asked, retraced: _Retraced) -> Run:
     gpu, graphs, scenario = resolved.gpu, traced.graphs, traced.scenario
     analysed = [analyze_phase(graph, gpu, asked.execution) for graph in graphs.values()]
     phases = tuple(phase for phase, _ in analysed)
@@ -245,11 +283,13 @@ def _run(traced: Traced, resolved: Resolved, asked: _Asked) -> Run:
                 gpu=gpu,
                 scenario=scenario,
                 memory=needed,
+                retraced=retraced,
             )
             for (name, graph), (phase, costs) in zip(graphs.items(), analysed, strict=True)
         },
         rules,
         least_saving=asked.least_saving,
+        modules=asked.selection.modules,
         suppressions=read_suppressions(
             op.anchor.file for graph in graphs.values() for op in graph.ops if op.anchor and not op.anchor.library
         ),
@@ -290,6 +330,10 @@ def _refuse_if_uncovered(covered: Coverage) -> None:
         )
 
 
+_TOLD = ("higher_order.", "fxroof.to_", "fxroof.move_to_")
+"""Beginnings of operators whose notes are assumptions of the whole run."""
+
+
 def _assumptions(
     graphs: Mapping[str, Graph],
     analysed: Sequence[tuple[PhaseAnalysis, tuple[Cost, ...]]],
@@ -305,12 +349,14 @@ def _assumptions(
         yield f"attention backend: {backend}" + (f" ({note})" if note else "")
     for name, (_, costs) in zip(graphs, analysed, strict=True):
         if told_others := exchanged(costs):
-            yield f"{name}: {told_others}; bound: one way over the links at their peak; estimate: ring or one-shot"
+            several = any(cost.exchange and cost.exchange.gpus > 1 for cost in costs)
+            how = "ring or one-shot" if several else "from and to pinned memory"
+            yield f"{name}: {told_others}; bound: one way over the links at their peak; estimate: {how}"
     told = {
         c.note: f"{op.anchor or op.name}: {c.note}"
         for g, (_, costs) in zip(graphs.values(), analysed, strict=True)
         for op, c in zip(g.ops, costs, strict=True)
-        if c.note and op.target.startswith("higher_order.") and not c.backend
+        if c.note and op.target.startswith(_TOLD) and not c.backend
     }
     yield from told.values()
     experts = {

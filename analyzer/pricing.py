@@ -11,7 +11,7 @@ from math import fsum
 
 from ..hardware.gpu import Gpu
 from . import formulas
-from .cost import Access, Call, Cost, Part, Status, bytes_by_role, find_formula, unpriced
+from .cost import ALLOWS_TF32, Access, Call, Cost, Part, Status, bytes_by_role, find_formula, unpriced
 from .errors import FxroofError
 from .graph import Graph, Op
 from .roofline import place
@@ -106,6 +106,7 @@ def _moved(cost: Cost, tensors: Mapping[int, int]) -> Cost:
         gemms=cost.gemms,
         exchange=cost.exchange,
         parts=tuple(parts),
+        waits=cost.waits,
     )
 
 
@@ -114,7 +115,14 @@ def _price(graph: Graph, op: Op, gpu: Gpu) -> Cost:
         return _FREE
     call = Call(graph, op, gpu)
     formula = find_formula(op.target)
-    return formula(call) if formula is not None else unpriced(call)
+    cost = formula(call) if formula is not None else unpriced(call)
+    return _rounded(cost) if call.flag(ALLOWS_TF32) else cost
+
+
+def _rounded(cost: Cost) -> Cost:
+    """The cost where float32 operands may be rounded to TF32."""
+    parts = tuple(Part(name=part.name, cost=_rounded(part.cost)) for part in cost.parts)
+    return replace(cost, tf32="float32" in cost.matmul, parts=parts)
 
 
 _FREE = Cost(status=Status.FREE)

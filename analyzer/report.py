@@ -5,7 +5,7 @@
 """
 
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .review import RuleFailure
 from .scenario import Scenario
 from .serving import Serving
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +72,37 @@ class GpuInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One scenario on one GPU.
+class PhaseFailure:
+    """A phase that was asked for and could not be analysed, and why: an error's message and hint."""
+
+    phase: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """A model in a scenario, as it was traced.
 
     Attributes:
+        model: which, and how it was found.
+        scenario: as it was run: lengths may have been shortened to the model's.
+        graphs: by phase.
+        failures: phases that have none.
+    """
+
+    model: ModelInfo
+    scenario: Scenario
+    graphs: dict[str, Graph]
+    failures: tuple[PhaseFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One model in one scenario on one GPU.
+
+    Attributes:
+        traced: index in the report's `traces`.
         scenario: the situation.
         gpu: the part.
         coverage: how much was understood.
@@ -90,6 +117,7 @@ class Run:
         derating: the figures that make estimates of bounds, each with its source.
     """
 
+    traced: int = 0
     scenario: Scenario
     gpu: GpuInfo
     coverage: Coverage
@@ -104,31 +132,59 @@ class Run:
     derating: tuple[Derated, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseFailure:
-    """A phase that was asked for and could not be analysed, and why: an error's message and hint."""
-
-    phase: str
-    message: str
-    hint: str = ""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Report:
     """What `fxroof analyze` found, and everything needed to price it again for another GPU without torch.
 
     `print(report)` shows what the terminal shows, and so does a notebook.
+
+    Attributes:
+        schema_version: of this shape.
+        fxroof_version: that wrote it.
+        torch_version: that traced.
+        catalog_version: of the GPU figures.
+        traces: each model in each scenario that was asked for; one unless a project's settings name several.
+        runs: each of those on each GPU.
     """
 
     schema_version: int = SCHEMA_VERSION
     fxroof_version: str
     torch_version: str
     catalog_version: str
-    model: ModelInfo
-    scenario: Scenario
-    graphs: dict[str, Graph]
+    traces: tuple[Traced, ...]
     runs: tuple[Run, ...]
-    failures: tuple[PhaseFailure, ...] = ()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The first model."""
+        return self.traces[0].model
+
+    @property
+    def graphs(self) -> dict[str, Graph]:
+        """The first model's graphs."""
+        return self.traces[0].graphs
+
+    @property
+    def failures(self) -> tuple[PhaseFailure, ...]:
+        """Phases that could not be analysed, each named with what tells its model and scenario from the others."""
+        return tuple(
+            replace(failure, phase=" ".join((*self.distinct(index), failure.phase)))
+            for index, traced in enumerate(self.traces)
+            for failure in traced.failures
+        )
+
+    def distinct(self, traced: int) -> tuple[str, ...]:
+        """The names of a model and its scenario, so far as they tell it from the others of the report."""
+        found = []
+        if len({other.model.name for other in self.traces}) > 1:
+            found.append(self.traces[traced].model.name)
+        if len({other.scenario.name for other in self.traces}) > 1:
+            found.append(self.traces[traced].scenario.name)
+        return tuple(found)
+
+    def title(self, run: Run) -> str:
+        """What a run is called: its GPU, and what tells its model and scenario from others."""
+        return " ".join((*self.distinct(run.traced), run.gpu.key))
 
     def __str__(self) -> str:
         from .render.registry import Options, render  # the one look upwards: an object that shows itself
@@ -169,7 +225,7 @@ def from_json(text: str | bytes, source: str = "report") -> Report:
         head = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except msgspec.MsgspecError as error:
         raise ReportFileError(f"{source}: not a JSON object: {error}", _REWRITE) from error
-    if "schema_version" not in head or "graphs" not in head:
+    if "schema_version" not in head or "runs" not in head:
         raise ReportFileError(f"{source}: not an fxroof report (no schema_version).", _REWRITE)
     found: Any = msgspec.json.decode(head["schema_version"])
     if found != SCHEMA_VERSION:

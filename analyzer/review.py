@@ -5,6 +5,7 @@ is the saving. Nothing is clamped: a negative saving is a defect to see.
 """
 
 import difflib
+import fnmatch
 import functools
 import importlib
 import importlib.util
@@ -18,17 +19,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from .. import rules as own_rules
-from ..hardware.gpu import Gpu
+from .cost import operator_name
 from .errors import FxroofError
-from .estimate import derating
-from .execution import execute
-from .finding import Alternative, Confidence, Finding, Match, Remedy, Rewrite, Rule, Situation, Step, registered
+from .finding import Alternative, Confidence, Finding, Match, Remedy, Rule, Situation, Step, registered
 from .floor import floor
-from .fusion import compiled_kernels
-from .graph import Graph
-from .kernels import eager_kernels
 from .pricing import price
-from .rewrite import Draft, RewriteError
+from .savings import Change, Repricer, Seconds
 from .suppressions import Suppressions
 
 LEAST_SAVING = 0.01
@@ -61,15 +57,6 @@ class Review:
     unused_suppressions: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Seconds:
-    bound: float
-    estimate: float
-
-    def __sub__(self, other: "_Seconds") -> "_Seconds":
-        return _Seconds(self.bound - other.bound, self.estimate - other.estimate)
-
-
 @dataclass(slots=True)
 class _Group:
     """All that one rule found at one source line, by phase."""
@@ -77,8 +64,8 @@ class _Group:
     rule: Rule
     suppressed: str = ""
     matches: dict[str, list[Match]] = field(default_factory=dict)
-    savings: dict[str, _Seconds] = field(default_factory=dict)
-    alternatives: dict[str, dict[str, _Seconds]] = field(default_factory=dict)
+    savings: dict[str, Seconds] = field(default_factory=dict)
+    alternatives: dict[str, dict[str, Seconds]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +77,14 @@ class Selection:
         extend: besides those that `select` names.
         ignore: not these, whatever selects them.
         files: Python files with rules of the user's own.
+        modules: pairs of a pattern of module paths, such as `blocks.*.attn`, and a rule that is not to look there.
     """
 
     select: tuple[str, ...] = ()
     extend: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
 
 
 @functools.cache
@@ -141,7 +130,7 @@ def selected(rules: Sequence[Rule], selection: Selection) -> tuple[Rule, ...]:
     Raises:
         RuleSelectionError: an item names no rule.
     """
-    for item in (*selection.select, *selection.extend, *selection.ignore):
+    for item in (*selection.select, *selection.extend, *selection.ignore, *(item for _, item in selection.modules)):
         if not any(_named(rule, item) for rule in rules):
             known = sorted({rule.code for rule in rules})
             near = difflib.get_close_matches(item, [*known, *(rule.name for rule in rules)], n=2)
@@ -171,6 +160,7 @@ def review(
     *,
     least_saving: float = LEAST_SAVING,
     suppressions: Suppressions | None = None,
+    modules: Sequence[tuple[str, str]] = (),
 ) -> Review:
     """Run rules over every phase of a run.
 
@@ -179,36 +169,42 @@ def review(
         rules: those that were selected.
         least_saving: share of a phase's estimate that a finding has to save in one phase at least.
         suppressions: comments in the user's code; what they name is listed and not counted.
+        modules: as in `Selection`.
     """
     failures: list[RuleFailure] = []
     comments = suppressions or {}
     used: set[tuple[str, int]] = set()
     rules = tuple(rules)
-    groups = _grouped(situations, rules, failures, comments, used)
+    groups = _grouped(situations, rules, failures, comments, used, modules)
+    repricers = {name: Repricer(situation) for name, situation in situations.items()}
     for group in groups:
-        _price(group, situations)
+        _price(group, repricers)
     kept = sorted((group for group in groups if _is_worth_its_line(group, situations, least_saving)), key=_rank)
     for group in kept:
-        _price_alternatives(group, situations)
+        _price_alternatives(group, repricers)
     return Review(
         findings=tuple(_finding(group, situations) for group in kept),
-        waterfall={name: tuple(_waterfall(name, kept, situation)) for name, situation in situations.items()},
+        waterfall={
+            name: tuple(_waterfall(name, kept, situation, repricers[name])) for name, situation in situations.items()
+        },
         failures=tuple(failures),
         unused_suppressions=tuple(f"{file}:{line}" for file, line in sorted(comments.keys() - used)),
     )
 
 
-def _rank(group: _Group) -> tuple[float, float, str]:
+def _rank(group: _Group) -> tuple[bool, float, float, str]:
+    """Changes of the program first, then other ways of running it; among each the largest saving first."""
     savings = group.savings.values()
-    return -sum(s.estimate for s in savings), -sum(s.bound for s in savings), group.rule.code
+    return (
+        _per_token(group),
+        -sum(s.estimate for s in savings),
+        -sum(s.bound for s in savings),
+        group.rule.code,
+    )
 
 
-def _timed(graph: Graph, gpu: Gpu, execution: str, *, replayed: bool = False) -> _Seconds:
-    costs = price(graph, gpu)
-    eager = execution == "eager"
-    kernels = eager_kernels(graph, costs) if eager else compiled_kernels(graph, costs)
-    found = execute(graph, kernels, gpu, derating(gpu), eager=eager and not replayed).execution
-    return _Seconds(found.bound, found.estimate)
+def _per_token(group: _Group) -> bool:
+    return any(match.per_token for matches in group.matches.values() for match in matches)
 
 
 def _grouped(
@@ -217,9 +213,11 @@ def _grouped(
     failures: list[RuleFailure],
     comments: Suppressions,
     used: set[tuple[str, int]],
+    modules: Sequence[tuple[str, str]],
 ) -> Sequence[_Group]:
     groups: dict[tuple[str, str, int], _Group] = {}
     for rule in rules:
+        elsewhere = [pattern for pattern, item in modules if _named(rule, item)]
         for name, situation in situations.items():
             try:
                 matches = list(rule.check(situation))
@@ -229,6 +227,8 @@ def _grouped(
                 failures.append(RuleFailure(code=rule.code, phase=name, message=message))
                 continue
             for match in matches:
+                if elsewhere and _lies_in(situation, match, elsewhere):
+                    continue
                 line = _line(situation, match)
                 known = comments.get(line)
                 reason = ""
@@ -240,57 +240,43 @@ def _grouped(
     return tuple(groups.values())
 
 
+def _lies_in(situation: Situation, match: Match, patterns: Iterable[str]) -> bool:
+    """Whether a match lies in a module that a pattern names, or in a part of one."""
+    path = situation.graph.ops[match.op].module if match.op is not None else ""
+    return any(fnmatch.fnmatchcase(path, p) or fnmatch.fnmatchcase(path, f"{p}.*") for p in patterns)
+
+
 def _line(situation: Situation, match: Match) -> tuple[str, int]:
     anchor = situation.graph.ops[match.op].anchor if match.op is not None else None
     return (anchor.file, anchor.line) if anchor else ("", 0)
 
 
-def _price(group: _Group, situations: Mapping[str, Situation]) -> None:
+def _price(group: _Group, repricers: Mapping[str, Repricer]) -> None:
     for name, matches in group.matches.items():
-        situation = situations[name]
-        rewrites = [match.rewrite for match in matches if match.rewrite is not None]
+        changes = _changes(matches)
         replayed = any(match.replayed for match in matches)
-        if rewrites or replayed:
-            after = _after(situation, rewrites, replayed=replayed)
-            if after is not None:
-                group.savings[name] = _as_written(situation) - after
-        stated = [match.saving for match in matches if match.saving is not None]
-        if stated:
-            known = group.savings.get(name, _Seconds(0.0, 0.0))
-            group.savings[name] = _Seconds(
-                known.bound + sum(bound for bound, _ in stated),
-                known.estimate + sum(estimate for _, estimate in stated),
-            )
+        if changes or replayed:
+            saving = repricers[name].saving(changes, replayed=replayed)
+            if saving is not None:
+                group.savings[name] = saving
+        for match in matches:
+            if match.saving is not None:
+                group.savings[name] = group.savings.get(name, Seconds(0.0, 0.0)) + Seconds(*match.saving)
 
 
-def _price_alternatives(group: _Group, situations: Mapping[str, Situation]) -> None:
+def _price_alternatives(group: _Group, repricers: Mapping[str, Repricer]) -> None:
     for name, matches in group.matches.items():
-        situation = situations[name]
         for other in dict.fromkeys(key for match in matches for key in match.alternatives):
-            chosen = [match.alternatives[other] for match in matches if other in match.alternatives]
-            after = _after(situation, chosen)
-            if after is not None:
-                group.alternatives.setdefault(other, {})[name] = _as_written(situation) - after
+            offered = [(m.op, m.alternatives[other]) for m in matches if other in m.alternatives]
+            changes = [Change(op, offer) for op, offer in offered if not isinstance(offer, tuple)]
+            saving = repricers[name].saving(changes) if changes else Seconds(0.0, 0.0)
+            if saving is not None:
+                stated = [Seconds(*offer) for _, offer in offered if isinstance(offer, tuple)]
+                group.alternatives.setdefault(other, {})[name] = sum(stated, saving)
 
 
-def _as_written(situation: Situation) -> _Seconds:
-    times = situation.analysis.seconds
-    return _Seconds(times.bound, times.estimate)
-
-
-def _after(situation: Situation, rewrites: Iterable[Rewrite], *, replayed: bool = False) -> _Seconds | None:
-    graph = _changed(situation, rewrites)
-    return None if graph is None else _timed(graph, situation.gpu, situation.analysis.execution, replayed=replayed)
-
-
-def _changed(situation: Situation, rewrites: Iterable[Rewrite]) -> Graph | None:
-    draft = Draft(situation.graph)
-    try:
-        for rewrite in rewrites:
-            rewrite(draft)
-        return draft.finish()
-    except RewriteError:
-        return None
+def _changes(matches: Iterable[Match]) -> list[Change]:
+    return [Change(match.op, match.rewrite) for match in matches if match.rewrite is not None]
 
 
 def _is_worth_its_line(group: _Group, situations: Mapping[str, Situation], least: float) -> bool:
@@ -318,6 +304,7 @@ def _finding(group: _Group, situations: Mapping[str, Situation]) -> Finding:
         confidence=max((m.confidence for m in matches), key=list(Confidence).index),
         phases=tuple(group.matches),
         module=folded(modules),
+        op=operator_name(op.target) if op else "",
         count=max(len(found) for found in group.matches.values()),
         file=anchor.file if anchor else "",
         line=anchor.line if anchor else 0,
@@ -336,6 +323,7 @@ def _finding(group: _Group, situations: Mapping[str, Situation]) -> Finding:
             )
             for name, savings in group.alternatives.items()
         ),
+        saving_per="token" if _per_token(group) else "step",
         suppressed=group.suppressed,
     )
 
@@ -368,32 +356,28 @@ def _one_path(modules: Sequence[str]) -> str:
     return _NUMBER.sub(lambda _: next(shown), modules[0])
 
 
-def _waterfall(name: str, groups: Sequence[_Group], situation: Situation) -> Iterator[Step]:
+def _waterfall(name: str, groups: Sequence[_Group], situation: Situation, repricer: Repricer) -> Iterator[Step]:
     """The phase as written, with each remedy on top of those before it, and the floor of what is left.
 
     Where two remedies change the same op, the one that saves more takes it: nothing is counted twice.
     """
-    start = _as_written(situation)
+    start = repricer.as_written
     yield Step(code="as-written", finding=None, bound=start.bound, estimate=start.estimate)
-    applied: list[Rewrite] = []
+    applied: list[Change] = []
     replayed = False
-    last = situation.graph
     for index, group in enumerate(groups):
         matches = group.matches.get(name, ())
-        rewrites = [match.rewrite for match in matches if match.rewrite is not None]
+        changes = _changes(matches)
         launched = any(match.replayed for match in matches)
-        if group.suppressed or name not in group.savings or not (rewrites or launched):
+        if group.suppressed or name not in group.savings or not (changes or launched):
             continue
-        applied += rewrites
-        replayed = replayed or launched
-        graph = _changed(situation, applied)
-        if graph is not None:
-            last = graph
-            after = _timed(graph, situation.gpu, situation.analysis.execution, replayed=replayed)
+        saving = repricer.saving((*applied, *changes), replayed=replayed or launched)
+        if saving is not None:
+            applied += changes
+            replayed = replayed or launched
+            after = start - saving
             yield Step(code=group.rule.code, finding=index, bound=after.bound, estimate=after.estimate)
     # remedies may lower the floor too: narrower weights are fewer bytes that must be read
-    if last is situation.graph:
-        least = situation.analysis.seconds.floor
-    else:
-        least = floor(last, price(last, situation.gpu), situation.gpu).seconds
+    last = repricer.graph(applied) if applied else None
+    least = floor(last, price(last, situation.gpu), situation.gpu).seconds if last else situation.analysis.seconds.floor
     yield Step(code="floor", finding=None, bound=least, estimate=None)

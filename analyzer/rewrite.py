@@ -5,15 +5,16 @@ and a `reshape` or `contiguous` is a copy where the new layout needs one and fre
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
 from .cost import operator_name
 from .errors import FxroofError
-from .graph import ITEM_BITS, Arg, Graph, Op, Role, Storage, Tensor, TensorRef
-from .sdpa import dense_stride
+from .graph import ITEM_BITS, Arg, Graph, Op, Role, Storage, Tensor, TensorRef, is_assertion, is_read_back, needed
+from .repetition import Part
+from .sdpa import Attention, dense_stride, traced_output_stride
 
 
 class RewriteError(FxroofError):
@@ -21,18 +22,26 @@ class RewriteError(FxroofError):
 
 
 class Draft:
-    """A graph being changed. Indices of ops are those of the graph it began with; tensors are added at the end."""
+    """A graph being changed. Indices of ops are those of the graph it began with; tensors are added at the end.
 
-    def __init__(self, graph: Graph) -> None:
+    With a `part`, only the layers in it come out at the end, whatever was changed in the others.
+    """
+
+    def __init__(self, graph: Graph, part: Part | None = None) -> None:
         self.graph = graph
+        self.part = part
         self.tensors = list(graph.tensors)
         self.storages = list(graph.storages)
         self._inserted: dict[int, list[Op]] = {}
         self._replaced: dict[int, Op] = {}
         self._substituted: dict[int, int] = {}
+        self._removed: set[int] = set()
         self._claimed: set[int] = set()
+        self._afterwards: list[Callable[[Graph], Graph]] = []
         self.shared: dict[tuple[str, int, str], int] = {}
         """Tensors that rewrites made once for several places, by what was done, of which tensor, to which type."""
+        self.joined: dict[int, tuple[int, set[int]]] = {}
+        """For ops that became one: the index where it stands, and those of them whose weights are as they were."""
 
     def claim(self, ops: Iterable[int]) -> bool:
         """Whether these ops are still as they were; they are taken then, and what comes later leaves them alone."""
@@ -73,35 +82,123 @@ class Draft:
         """Put an op where another was; what nobody needs any more disappears by itself."""
         self._replaced[index] = op
 
+    def now(self, index: int) -> Op:
+        """The op that stands at an index, after what was done so far."""
+        return self._replaced.get(index, self.graph.ops[index])
+
+    def remove(self, indices: Iterable[int]) -> None:
+        """Take ops out whose results another op makes from now on; what none makes anew goes if nobody needs it."""
+        self._removed.update(indices)
+
     def substitute(self, old: int, new: int) -> None:
         """Have all that used a tensor use another of the same shape, whatever its layout."""
         self._substituted[old] = new
 
+    def afterwards(self, change: Callable[[Graph], Graph]) -> None:
+        """Have the graph that comes of all rewrites changed as a whole, such as in the type of its numbers."""
+        self._afterwards.append(change)
+
+    def standing_for(self, tensor: int) -> int:
+        """The tensor that a rewrite has put in the place of another, or that one itself."""
+        return self._substituted.get(tensor, tensor)
+
+    def retype(self, tensors: Iterable[int], dtype: str) -> None:
+        """Have the memory of tensors hold another type; these, and what rewrites made of them, keep their layouts."""
+        chosen = set(tensors)
+        homes = {self.tensors[i].storage for i in chosen}
+        made = range(len(self.graph.tensors), len(self.tensors))
+        chosen |= {i for i in made if self.tensors[i].storage in homes}
+        for storage in homes:
+            old = next(self.tensors[i].dtype for i in chosen if self.tensors[i].storage == storage)
+            nbytes = self.storages[storage].nbytes * ITEM_BITS[dtype] // ITEM_BITS[old]
+            self.storages[storage] = replace(self.storages[storage], nbytes=nbytes)
+        for index in chosen:
+            self.tensors[index] = replace(self.tensors[index], dtype=dtype)
+
     def finish(self) -> Graph:
-        """The changed graph, without the ops whose results nobody needs.
+        """The changed graph, without the ops whose results nobody needs any more.
 
         Raises:
             RewriteError: a view of a changed tensor cannot be followed.
         """
         ops: list[Op] = []
         moved: dict[int, int] = {}
-        for index, op in enumerate(self.graph.ops):
+        idle = self.graph.idle
+        put = (*(op for ops in self._inserted.values() for op in ops), *self._replaced.values())
+        anew = {self.tensors[i].storage for op in put for i in op.outputs}
+        unasked: set[int] = set()
+        before = -1
+        for index in range(len(self.graph.ops)) if self.part is None else self.part.ops:
+            op = self.graph.ops[index]
+            if self.part is not None and index != before + 1:
+                moved.update({gone: moved.get(like, like) for gone, like in self.part.stands_for.items()})
+            before = index
             ops += [self._carried(new, moved) for new in self._inserted.get(index, ())]
+            gone = op.mutates or is_read_back(op) or self._is_made_anew(op, anew)
+            if index in self._removed and index not in self._replaced:
+                if gone:
+                    continue
+                if self._substituted.keys() >= set(op.outputs):  # all that it returns, if it returns anything
+                    standing = [(tensor, self._substituted[tensor]) for tensor in op.outputs]
+                    moved.update({old: moved.get(new, new) for old, new in standing})
+                    continue
+            if index in idle and index not in self._removed:
+                unasked.add(len(ops))
             ops.append(self._carried(self._replaced.get(index, op), moved))
             for tensor in op.outputs:
                 if tensor in self._substituted:
                     moved[tensor] = self._substituted[tensor]
         outputs = tuple(moved.get(tensor, tensor) for tensor in self.graph.outputs)
-        for before, after in zip(self.graph.outputs, outputs, strict=True):
-            self._keep_role(before, after)
-        live = _needed(ops, self.tensors, outputs, self.graph)
-        return replace(
+        for old, new in zip(self.graph.outputs, outputs, strict=True):
+            self._keep_role(old, new)
+        live = needed(ops, self.tensors, outputs, self.graph, unasked)
+        kept = self._without_assertions_about_removed(op for op, wanted in zip(ops, live, strict=True) if wanted)
+        self._refuse_what_nobody_makes(kept)
+        changed = replace(
             self.graph,
-            ops=tuple(op for op, wanted in zip(ops, live, strict=True) if wanted),
+            ops=kept,
             tensors=tuple(self.tensors),
             storages=tuple(self.storages),
             outputs=outputs,
         )
+        for change in self._afterwards:
+            changed = change(changed)
+        return changed
+
+    def _is_made_anew(self, op: Op, anew: set[int]) -> bool:
+        return not self._is_alias(op) and any(self.tensors[i].storage in anew for i in op.outputs)
+
+    def _without_assertions_about_removed(self, ops: Iterable[Op]) -> tuple[Op, ...]:
+        kept = tuple(ops)
+        gone = {self.tensors[i].storage for index in self._removed for i in self.graph.ops[index].outputs}
+        gone.difference_update(self.tensors[i].storage for op in kept for i in op.outputs)
+        if not gone:
+            return kept
+        return tuple(
+            op for op in kept if not (is_assertion(op) and gone & {self.tensors[i].storage for i in op.inputs})
+        )
+
+    def _refuse_what_nobody_makes(self, ops: Iterable[Op]) -> None:
+        """A remedy may lean on an op that another one took out, or on a layer that was left out."""
+        gone = [self.graph.ops[index] for index in self._removed]
+        missing: set[int] = set()  # storages
+        if self.part is not None:
+            made_by_rewrites = range(len(self.graph.tensors), len(self.tensors))
+            missing = {
+                self.tensors[i].storage
+                for i in made_by_rewrites
+                if self.storages[self.tensors[i].storage].role is Role.ACTIVATION
+            }
+            missing |= self.part.gone
+        missing |= {
+            self.tensors[i].storage for op in gone if not (op.mutates or self._is_alias(op)) for i in op.outputs
+        }
+        for op in ops if missing else ():
+            if self._is_alias(op) and not op.mutates:
+                continue
+            if not is_assertion(op) and not missing.isdisjoint([self.tensors[i].storage for i in op.inputs]):
+                raise RewriteError(f"The rewrite of {op.name} ({op.target}) needs an op that was left out.")
+            missing.difference_update([self.tensors[i].storage for i in op.outputs])
 
     def _carried(self, op: Op, moved: dict[int, int]) -> Op:
         """The op on the tensors that took the place of its own; its results move where layout makes them."""
@@ -111,11 +208,16 @@ class Draft:
         changed = replace(op, args=args)
         if op.mutates:
             return replace(changed, outputs=tuple([moved.get(tensor, tensor) for tensor in op.outputs]))
-        results = self._results(op, moved)
+        results = self.results(op, moved)
         moved.update({old: new for old, new in zip(op.outputs, results, strict=True) if new != old})
         return replace(changed, outputs=results)
 
-    def _results(self, op: Op, moved: Mapping[int, int]) -> tuple[int, ...]:
+    def results(self, op: Op, moved: Mapping[int, int]) -> tuple[int, ...]:
+        """What an op returns on the tensors that took the place of its own: new tensors where layout makes them.
+
+        Raises:
+            RewriteError: a view of a changed tensor cannot be followed.
+        """
         first = op.inputs[0] if op.inputs else -1
         if first not in moved:
             return self._same_or_refuse(op)
@@ -125,13 +227,21 @@ class Draft:
             return tuple([self._relaid(op, moved[first], _RELAYOUT[operator], old, made) for made in op.outputs])
         if op.outputs == (first,):
             return (moved[first],)
-        if operator in _ELEMENTWISE and len(op.outputs) == 1 and not self._is_alias(op):
+        if is_elementwise(op) and len(op.outputs) == 1 and not self._is_alias(op):
             made = self.tensors[op.outputs[0]]
             if made.shape == source.shape:
-                kept = self.storages[made.storage]
-                stride = dense_stride(source.shape, source.stride)
-                return (self.tensor(made.shape, made.dtype, stride=stride, role=kept.role, name=kept.name),)
+                return (self._made_like(op.outputs[0], dense_stride(source.shape, source.stride)),)
+        if operator == "aten.scaled_dot_product_attention":
+            made = self.tensors[op.outputs[0]]
+            stride = attended_stride(replace(op, args={n: _with(v, moved) for n, v in op.args.items()}), self.tensors)
+            return op.outputs if stride in (None, made.stride) else (self._made_like(op.outputs[0], stride),)
         return self._same_or_refuse(op)
+
+    def _made_like(self, tensor: int, stride: tuple[int, ...]) -> int:
+        """A tensor of other strides in new memory, which is for what the old one's is for."""
+        made = self.tensors[tensor]
+        kept = self.storages[made.storage]
+        return self.tensor(made.shape, made.dtype, stride=stride, role=kept.role, name=kept.name)
 
     def _relaid(self, op: Op, base: int, relayout: "_Relayout", old: Tensor, result: int) -> int:
         made = self.tensors[result]
@@ -159,6 +269,31 @@ class Draft:
             self.storages[new] = replace(self.storages[new], role=self.storages[old].role)
 
 
+def attended_stride(op: Op, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Strides of what attention returns, which follow its query's; None where they are not known."""
+    query, key, value, mask = (
+        tensors[given.tensor] if isinstance(given, TensorRef) else None
+        for given in (op.args.get(name) for name in ("query", "key", "value", "attn_mask"))
+    )
+    if query is None or key is None or value is None or len(query.shape) != _HEADED:
+        return None
+    dropout = op.args.get("dropout_p")
+    return traced_output_stride(
+        Attention(
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            causal=bool(op.args.get("is_causal")),
+            gqa=bool(op.args.get("enable_gqa")),
+            dropout=dropout if isinstance(dropout, float) else 0.0,
+        )
+    )
+
+
+_HEADED = 4
+
+
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a tensor whose last dimension varies fastest."""
     strides: list[int] = []
@@ -169,8 +304,9 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_Layout = tuple[tuple[int, ...], tuple[int, ...], int]
-_Relayout = Callable[[Tensor, Tensor, Tensor, Op], _Layout | None]
+Layout = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, strides, and elements from where the tensor that is looked at begins."""
+_Relayout = Callable[[Tensor, Tensor, Tensor, Op], Layout | None]
 """From the new source, the old source and the old result of a view to the layout of the new result."""
 
 
@@ -240,31 +376,31 @@ def _order_of_move(source: Arg, destination: Arg, rank: int) -> tuple[int, ...] 
     return tuple([moved[d] if d in moved else next(left) for d in range(rank)])
 
 
-def _regrouped(source: Tensor, old: Tensor, made: Tensor, op: Op) -> _Layout | None:  # noqa: ARG001  # one signature
+def _regrouped(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout | None:  # noqa: ARG001  # one signature
     stride = reshaped(source, made.shape)
     return None if stride is None else (made.shape, stride, 0)
 
 
-def _dense(source: Tensor, old: Tensor, made: Tensor, op: Op) -> _Layout | None:  # noqa: ARG001
+def _dense(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout | None:  # noqa: ARG001
     real = [(size, step) for size, step in zip(source.shape, source.stride, strict=True) if size != 1]
     packed = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(real))
     return (source.shape, source.stride, 0) if packed and (not real or real[-1][1] == 1) else None
 
 
-def _reordered(source: Tensor, old: Tensor, made: Tensor, op: Op) -> _Layout | None:  # noqa: ARG001
+def _reordered(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout | None:  # noqa: ARG001
     order = order_of(op, len(source.shape))
     if order is None:
         raise RewriteError(f"The rewrite cannot follow the view that {op.name} ({op.target}) makes.")
     return tuple(source.shape[d] for d in order), tuple(source.stride[d] for d in order), 0
 
 
-def _expanded(source: Tensor, old: Tensor, made: Tensor, op: Op) -> _Layout:  # noqa: ARG001
+def _expanded(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout:  # noqa: ARG001
     missing = len(made.shape) - len(source.shape)
     given = zip((1,) * missing + source.shape, (0,) * missing + source.stride, made.shape, strict=True)
     return made.shape, tuple(0 if size == 1 != wanted else step for size, step, wanted in given), 0
 
 
-def _sliced(source: Tensor, old: Tensor, made: Tensor, op: Op) -> _Layout:
+def _sliced(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout:
     """Part of one dimension: `slice`, `narrow`, and what `chunk` and `split` return."""
     dim = _integer(op, "dim", 0) % len(old.shape)
     start = (made.offset - old.offset) // old.stride[dim] if old.stride[dim] else 0
@@ -273,7 +409,7 @@ def _sliced(source: Tensor, old: Tensor, made: Tensor, op: Op) -> _Layout:
     return made.shape, stride, start * source.stride[dim]
 
 
-def _selected(source: Tensor, old: Tensor, made: Tensor, op: Op) -> _Layout:
+def _selected(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout:
     dim = _integer(op, "dim", 0) % len(old.shape)
     start = (made.offset - old.offset) // old.stride[dim] if old.stride[dim] else 0
     return made.shape, (*source.stride[:dim], *source.stride[dim + 1 :]), start * source.stride[dim]
@@ -305,11 +441,40 @@ _RELAYOUT: Mapping[str, _Relayout] = {
 _ELEMENTWISE = frozenset(
     f"aten.{name}"
     for name in (
-        "to", "_to_copy", "mul", "add", "sub", "div", "neg", "silu", "gelu", "relu", "sigmoid", "tanh", "dropout",
-        "clone", "type_as", "float", "clamp", "nan_to_num", "masked_fill",
+        "to", "_to_copy", "type_as", "float", "clone", "dropout", "mul", "add", "sub", "div", "rsub", "neg", "abs",
+        "reciprocal", "pow", "square", "sqrt", "rsqrt", "exp", "log", "sin", "cos", "tanh", "sigmoid", "erf", "silu",
+        "gelu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "hardswish", "hardsigmoid",
+        "hardtanh", "clamp", "clamp_min", "clamp_max", "nan_to_num", "masked_fill", "logical_not", "bitwise_not",
+        "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge",
     )
 )  # fmt: skip
 """Ops whose result has the layout of what they are given."""
+
+
+def is_elementwise(op: Op) -> bool:
+    """True where a result has the layout of the first argument, if that is as large."""
+    return operator_name(op.target) in _ELEMENTWISE
+
+
+def relaid(op: Op, source: Tensor, old: Tensor, made: Tensor) -> Layout | None:
+    """The layout in which a view, `reshape` or `contiguous` sees a source whose layout is no longer the old one.
+
+    Args:
+        op: what makes the view.
+        source: what it is given now.
+        old: what it was given.
+        made: what it returned then.
+
+    Returns:
+        None where it has to copy.
+
+    Raises:
+        RewriteError: the op is none of these.
+    """
+    relayout = _RELAYOUT.get(operator_name(op.target))
+    if relayout is None:
+        raise RewriteError(f"The rewrite cannot follow the view that {op.name} ({op.target}) makes.")
+    return relayout(source, old, made, op)
 
 
 def _with(value: Arg, moved: Mapping[int, int]) -> Arg:
@@ -318,38 +483,6 @@ def _with(value: Arg, moved: Mapping[int, int]) -> Arg:
     if isinstance(value, tuple):
         return tuple(TensorRef(tensor=moved.get(v.tensor, v.tensor)) if isinstance(v, TensorRef) else v for v in value)
     return value
-
-
-def _needed(ops: list[Op], tensors: list[Tensor], outputs: Iterable[int], graph: Graph) -> list[bool]:
-    given = {graph.tensors[i].storage for i in graph.inputs}
-    lasting = {i for i, s in enumerate(graph.storages) if s.role in (Role.WEIGHT, Role.KV_CACHE, Role.CONSTANT)} | given
-    wanted = {tensors[i].storage for i in outputs}
-    needed = [False] * len(ops)
-    for index in range(len(ops) - 1, -1, -1):
-        op = ops[index]
-        written = [i for name in op.mutates for i in _tensors(op.args.get(name))]
-        touched = {tensors[i].storage for i in written}
-        made = {tensors[i].storage for i in op.outputs}
-        needed[index] = bool(made & wanted) or bool(touched & (wanted | lasting))
-        if needed[index]:
-            wanted |= {tensors[i].storage for i in op.inputs}
-    dropped = {
-        tensors[i].storage for op, kept in zip(ops, needed, strict=True) if not kept for i in op.outputs
-    } - wanted
-    for index, op in enumerate(ops):
-        if _is_assertion(op):  # which goes with what it looks at
-            needed[index] = not dropped & {tensors[i].storage for i in op.inputs}
-    return needed
-
-
-def _is_assertion(op: Op) -> bool:
-    return not op.outputs and not op.mutates
-
-
-def _tensors(value: Arg) -> tuple[int, ...]:
-    if isinstance(value, TensorRef):
-        return (value.tensor,)
-    return tuple(v.tensor for v in value if isinstance(v, TensorRef)) if isinstance(value, tuple) else ()
 
 
 class Flow:
@@ -370,7 +503,7 @@ class Flow:
     def _users(self) -> dict[int, list[int]]:
         users: dict[int, list[int]] = {}
         for index, op in enumerate(self.graph.ops):
-            for tensor in () if _is_assertion(op) else op.inputs:
+            for tensor in () if is_assertion(op) else op.inputs:
                 users.setdefault(tensor, []).append(index)
         return users
 

@@ -40,6 +40,8 @@ class Scenario:
         chunk: most prompt tokens of a sequence that go through the model at once; 0 for all.
         tp: GPUs over which matrices are cut; 1 where each is whole.
         ep: GPUs over which experts are dealt out whole; 1 where every GPU has all.
+        step_len: tokens that a sequence pushes through the model in a decode step: 1, or more where drafted tokens are
+            verified together with the one that is sure.
     """
 
     batch_size: int = 1
@@ -52,6 +54,7 @@ class Scenario:
     chunk: int = 0
     tp: int = 1
     ep: int = 1
+    step_len: int = 1
 
     @property
     def gpus(self) -> int:

@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .cost import ALLOWS_TF32, CUBLAS, operator_name
 from .errors import TraceError
 from .graph import Arg, Graph, Op, Role, Span, Storage, Tensor, TensorRef
 from .lifetimes import Lifetimes, lives_of, watched
 from .meta import tracing
+from .residence import Residence
 from .scenario import Phase
 from .sdpa import Attention, is_fused_somewhere, traced_output_stride
 from .subgraphs import Sparsity, counted, sparsity
@@ -67,13 +70,26 @@ def export(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> torch.export.ExportedProgram:
     """torch.export of the program as it runs: no export-only branches, autocast explicit, grad mode off."""
+    residence = Residence()
+    program = _exported(module, args, kwargs, residence)
+    if left := residence.left:  # every step but the first begins with weights where the one before left them
+        program = _exported(module, args, kwargs, Residence(left))
+    return program
+
+
+def _exported(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, residence: Residence
+) -> torch.export.ExportedProgram:
     inputs = len(_flat((args, dict(kwargs or {}))))
+    beginning = module.register_forward_pre_hook(lambda *_: residence.begin(module))
     try:
-        with tracing(), watched(inputs), warnings.catch_warnings():
+        with tracing(residence), watched(inputs), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(module, args, dict(kwargs or {}), strict=False)
     except Exception as error:
         raise explained(error) from error
+    finally:
+        beginning.remove()
 
 
 def from_exported(
@@ -174,10 +190,20 @@ class _Builder:
             elif node.op == "call_function":
                 args = fx.node.map_arg(node.args, lambda n: env[n])
                 kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
-                env[node] = result = self._call(node, args, kwargs)
+                try:
+                    env[node] = result = self._call(node, args, kwargs)
+                except GuardOnDataDependentSymNode as error:  # a shape that only data tell, as that of nonzero
+                    raise self._unknown(node, error) from error
                 if not self.mapped:
                     self._watched(node, result)
         return None
+
+    def _unknown(self, node: fx.Node, error: Exception) -> TraceError:
+        told = explained(error)
+        span, user_span = _spans(node.meta.get("stack_trace") or "")
+        place = user_span or span
+        where = f" at {place}" if place else ""
+        return TraceError(f"A shape depends on tensor values{where}: what {node.target} returns.", told.hint)
 
     def _watched(self, node: fx.Node, result: Any) -> None:
         if lives := lives_of(node):
@@ -422,6 +448,8 @@ class _Builder:
             bound[parameter.name] = self._arg(value)
             if parameter.alias_info is not None and parameter.alias_info.is_write and value is not None:
                 writes.append(parameter.name)
+        if operator_name(str(target)) in CUBLAS and _allows_tf32():
+            bound[ALLOWS_TF32] = True
         self._add(node, str(target), bound, tuple(writes), result)
 
     def _add(
@@ -454,6 +482,7 @@ class _Builder:
                 repeat=self.site.repeat,
                 branch=self.site.branch,
                 kernel=self.site.kernel,
+                number=str(result) if isinstance(result, torch.SymInt | torch.SymFloat) else "",
             )
         )
 
@@ -565,6 +594,12 @@ def _attention(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> torch.T
     if plain.dim() != 4 or not is_fused_somewhere(attention):
         return plain
     return torch.empty_strided(plain.shape, traced_output_stride(attention), dtype=plain.dtype, device="meta")
+
+
+def _allows_tf32() -> bool:
+    """Whether the program has let float32 products be rounded: `torch.set_float32_matmul_precision` and the like."""
+    asked = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    return bool((getattr(torch.backends, "fp32_precision", "none") if asked == "none" else asked) == "tf32")
 
 
 def _flat(values: Any) -> tuple[torch.Tensor, ...]:

@@ -137,6 +137,11 @@ class Values:
         if known is not None:
             self._learn_all(made, _attempt(func, *known))
 
+    def copied(self, tensor: torch.Tensor, made: torch.Tensor) -> None:
+        """Remember of a copy what is known of a tensor."""
+        if id(tensor) in self._known:
+            self.learn(made, self._known[id(tensor)][1])
+
     def _of_unknown(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         # nearly every call of a trace is on activations: do no more than what may still concern known values
         if func in _NEW:

@@ -15,13 +15,13 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import _exit as leave  # bound now: the user's code may replace it
 from typing import NoReturn
 
 import msgspec
 
-from .handover import Finished, Frame, Job, Progress, Refused, as_failure, stack_signal
+from .handover import Finished, Frame, Job, Progress, Question, Refused, as_failure, stack_signal
 
 _DIE_WITH_PARENT, _ADOPT_ORPHANS = 1, 36  # of prctl
 
@@ -36,15 +36,25 @@ def main() -> NoReturn:
         _import_what_tracing_needs()
         from .capture import ended, from_request
 
-        for frame in from_request(job.request, debug=job.debug):
-            send(frame)
-        last: Frame = Finished()
+        frames, again = from_request(job.request, debug=job.debug)
+        _hand_over(frames, send)
+        with open(job.questions, "rb") as questions:  # noqa: PTH123  # a file descriptor is all there is
+            for line in questions:
+                try:
+                    _hand_over(again(msgspec.json.decode(line, type=Question)), send)
+                except Exception as error:  # the next question may fare better
+                    send(Refused(as_failure(error)))
     except BaseException as error:  # user code may raise anything to end the program
         if job.debug:
             traceback.print_exception(error)
-        last = Refused(as_failure(error if isinstance(error, Exception) else ended(job.request.target, error)))
-    send(last)
+        send(Refused(as_failure(error if isinstance(error, Exception) else ended(job.request.target, error))))
     _leave_tidily()
+
+
+def _hand_over(frames: Iterable[Frame], send: Callable[[Frame], None]) -> None:
+    for frame in frames:
+        send(frame)
+    send(Finished())
 
 
 def _sender(job: Job) -> Callable[[Frame], None]:
@@ -73,7 +83,7 @@ def _identity(descriptor: int) -> tuple[int, int]:
 
 
 def _settle(job: Job) -> None:
-    for descriptor in (job.answers, job.places):
+    for descriptor in (job.answers, job.questions, job.places):
         os.set_inheritable(descriptor, False)
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123  # a file descriptor is all that is wanted
         os.dup2(nothing.fileno(), 0)

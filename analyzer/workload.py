@@ -195,7 +195,7 @@ def _passed_cache(
     past = scenario.prompt_past
     before = _cache_after(model, scenario, argument, fixed, past) if past and phase in ("all", "prefill") else None
     programs = []
-    for name, length, state in (("prefill", scenario.prompt_len, before), ("decode", 1, template)):
+    for name, length, state in (("prefill", scenario.prompt_len, before), ("decode", scenario.step_len, template)):
         if phase in ("all", name):
             cache = tuple(map(emptied, tensors_in(state)))
             programs.append(
@@ -223,7 +223,7 @@ def _own_cache_by_position(model: Model, scenario: Scenario, phase: str) -> Work
     programs = []
     for name, length, start in (
         ("prefill", scenario.prompt_len, scenario.prompt_past),
-        ("decode", 1, scenario.context_len),
+        ("decode", scenario.step_len, scenario.context_len),
     ):
         if phase in ("all", name):
             inputs = {order[0]: some_tokens(scenario.batch_size, length)}
@@ -244,7 +244,7 @@ def _own_cache_by_start(model: Model, scenario: Scenario, phase: str) -> Workloa
     programs = []
     for name, length, start in (
         ("prefill", scenario.prompt_len, scenario.prompt_past),
-        ("decode", 1, scenario.context_len),
+        ("decode", scenario.step_len, scenario.context_len),
     ):
         if phase in ("all", name):
             programs.append(

@@ -1,5 +1,6 @@
 """One accelerator in base units. TFLOPS, GB/s, MHz, KiB and MiB are converted here and nowhere else."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -406,11 +407,13 @@ _NARROW = re.compile(r"(float[468])(_\w+)?|u?(int[48])")
 _COMPLEX = {"complex32": "float16", "complex64": "float32", "complex128": "float64"}
 
 
+@functools.cache
 def _matmul_dtype(dtype: str) -> str:
     narrow = _NARROW.fullmatch(dtype)
     return (narrow[1] or narrow[3]) if narrow else _COMPLEX.get(dtype, dtype)
 
 
+@functools.cache
 def _vector_dtype(dtype: str) -> str:
     return "float32" if re.fullmatch(r"bool|u?int\d+", dtype) else _matmul_dtype(dtype)
 

@@ -221,7 +221,7 @@ class Writer:
         )
         shape = (*tensors[query].shape[:-1], tensors[value].shape[-1])
         made = self.draft.tensor(shape, tensors[query].dtype, stride=traced_output_stride(attention))
-        default = scale is None or abs(scale * sqrt(tensors[query].shape[-1]) - 1) < _SAME_SCALE
+        default = is_default_scale(scale, tensors[query].shape[-1])
         args: dict[str, Arg] = {
             "query": TensorRef(tensor=query),
             "key": TensorRef(tensor=key),
@@ -413,6 +413,11 @@ class Writer:
                 made = self.op(target, args, self.draft.tensor(given.shape, dtype), before=before)
             self.draft.shared[key] = made
         return self.draft.shared[key]
+
+
+def is_default_scale(scale: float | None, head_dim: int) -> bool:
+    """Whether a call scales its scores so where it is not told how."""
+    return scale is None or abs(scale * sqrt(head_dim) - 1) < _SAME_SCALE
 
 
 _SAME_SCALE = 1e-3

@@ -1,16 +1,16 @@
 """Weights, KV cache, activations and CUDA's own memory exceed what the GPU has.
 
-**What it checks.** The sum of the four at the end of the generation against the memory that programs can use.
+**What it checks.** The sum of the four at the end of the generation against the memory that programs can use, where a
+smaller batch does not help. Where one does, that is MEM002.
 
 **Why it costs.** It does not run; or parts move over the host link, some fifty times slower than device memory.
 
 **How it is estimated.** See the memory lines of the report. The remedies are arithmetic on them: weights at half
-and at a quarter of their width, the largest batch and the longest context that fit, and the fewest GPUs that hold
-it all.
+and at a quarter of their width, the longest context that fits, and the fewest GPUs that hold it all.
 
-**Remedy.** The smallest change that is enough: fewer sequences, a shorter context, narrower weights, more GPUs.
+**Remedy.** The smallest change that is enough: a shorter context, narrower weights, more GPUs.
 
-    fxroof analyze MODEL --gpu NAME --batch-size 8
+    fxroof analyze MODEL --gpu NAME --input-len 4096
     fxroof analyze MODEL --gpu NAME --tp 2
 
 **When to ignore.** When weights are offloaded on purpose.
@@ -22,7 +22,6 @@ from collections.abc import Iterator
 
 from ..analyzer.finding import Match, Remedy, Severity, Situation, rule
 from ..analyzer.memory import Memory
-from ..analyzer.scenario import Scenario
 
 
 @rule("MEM001", "does-not-fit", severity=Severity.ERROR)
@@ -31,8 +30,10 @@ def check(situation: Situation) -> Iterator[Match]:
     memory = situation.memory
     if memory is None or memory.fits is not False or situation.analysis.name != memory.activations_phase:
         return
+    if memory.max_batch_size:
+        return
     usable, missing = memory.usable_bytes or 0, -(memory.headroom_bytes or 0)
-    options = tuple(_options(memory, situation.scenario, missing))
+    options = tuple(_options(memory, missing))
     yield Match(
         op=None,
         message=f"{_gigabytes(memory.total_bytes)} are needed and {_gigabytes(usable)} can be used",
@@ -43,15 +44,13 @@ def check(situation: Situation) -> Iterator[Match]:
             "overhead_bytes": memory.overhead_bytes,
             "usable_bytes": usable,
         },
-        remedy=Remedy(text="; ".join(options) or "No change of batch, context or width is enough: a larger GPU."),
+        remedy=Remedy(text="; ".join(options) or "No change of context or width is enough: a larger GPU."),
         always=True,
     )
 
 
-def _options(memory: Memory, scenario: Scenario, missing: int) -> Iterator[str]:
+def _options(memory: Memory, missing: int) -> Iterator[str]:
     """What is enough on its own, the least intrusive first."""
-    if memory.max_batch_size:
-        yield f"batch {memory.max_batch_size:,} instead of {scenario.batch_size:,} fits"
     if memory.max_context_len:
         yield f"context {memory.max_context_len:,} instead of {memory.context_len:,} fits"
     for name, share in (("half", 0.5), ("a quarter", 0.75)):

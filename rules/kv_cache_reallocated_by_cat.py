@@ -66,7 +66,7 @@ def _in_place(index: int, op: Op, old: int, new: int) -> Rewrite:
     def rewrite(draft: Draft) -> None:
         if not draft.claim((index,)):
             return
-        before, grown = draft.graph.tensors[old], draft.graph.tensors[op.outputs[0]]
+        before, grown = draft.tensors[old], draft.tensors[op.outputs[0]]  # which may have become narrower
         value = op.args.get("dim", 0)
         dim = (value if isinstance(value, int) else 0) % len(grown.shape)
         stride = contiguous(grown.shape)

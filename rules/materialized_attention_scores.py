@@ -18,7 +18,8 @@ behind it that the layout of its result makes needless.
 
 The mask is replaced by `is_causal=True` where the ops that make it prove that it is causal, and dropped where it hides
 nothing. A mask that comes from a buffer or an input is kept: pass `is_causal=True` instead if you know that it is no
-more than causal, since no flash kernel takes a mask.
+more than causal, since no flash kernel takes a mask. Where several masks stay, one `attn_mask` holds them all; a scale
+other than `1 / sqrt(head_dim)` is passed as `scale`.
 
 **When to ignore.** Where the probabilities themselves are wanted, to be shown or penalised.
 
@@ -36,22 +37,17 @@ from collections.abc import Iterator
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Confidence, Match, Remedy, Rewrite, Severity, Situation, rule
-from ..analyzer.graph import Graph, TensorRef
+from ..analyzer.graph import Graph, Op, TensorRef
 from ..analyzer.rewrite import Draft
 from ._attention import Finder, Naive
-from ._call import Plan, Writer, fused
+from ._call import Plan, Writer, fused, is_default_scale
 from ._masks import Shape
 
 
 @rule("ATT001", "materialized-attention-scores", severity=Severity.WARNING)
 def check(situation: Situation) -> Iterator[Match]:
     """Every attention that is spelt out and that one fused kernel could do."""
-    finder = Finder(situation)
-    for naive in finder.naive():
-        found = _planned(finder, naive)
-        if found is None:
-            continue
-        plan, shape = found
+    for naive, plan, shape in situation.once(found):
         query, key = (o.described(situation.graph).shape for o in (naive.query, naive.key))
         yield Match(
             op=naive.product,
@@ -60,10 +56,17 @@ def check(situation: Situation) -> Iterator[Match]:
                 "scores_bytes": situation.graph.tensors[naive.scores].nbytes,
                 "bytes_between_products": naive.touched_bytes,
             },
-            remedy=_remedy(plan, query[-2], key[-2]),
+            remedy=_remedy(naive, plan, query, key[-2]),
             confidence=Confidence.MEDIUM if plan.masks and shape is Shape.UNKNOWN else Confidence.HIGH,
             rewrite=_fused(naive, plan),
         )
+
+
+def found(situation: Situation) -> tuple[tuple[Naive, Plan, Shape], ...]:
+    """Every attention that is spelt out, the call that does the same, and what its masks hide together."""
+    finder = Finder(situation)
+    planned = ((naive, _planned(finder, naive)) for naive in finder.naive())
+    return tuple((naive, *plan) for naive, plan in planned if plan is not None)
 
 
 def _planned(finder: Finder, naive: Naive) -> tuple[Plan, Shape] | None:
@@ -84,8 +87,8 @@ def _planned(finder: Finder, naive: Naive) -> tuple[Plan, Shape] | None:
         scale=naive.scale,
         dropout=naive.dropout,
     )
-    found = fused(finder, plan)
-    return None if found is None else (found, shape)
+    call = fused(finder, plan)
+    return None if call is None else (call, shape)
 
 
 def _message(shape: Shape, plan: Plan) -> str:
@@ -99,19 +102,25 @@ def _message(shape: Shape, plan: Plan) -> str:
     return words
 
 
-def _remedy(plan: Plan, queries: int, keys: int) -> Remedy:
+def _remedy(naive: Naive, plan: Plan, query: tuple[int, ...], keys: int) -> Remedy:
     args = ["q", "k", "v"]
     text = "Call scaled_dot_product_attention"
     if plan.masks:
         args.append("attn_mask=mask")
         text += ", with is_causal=True in place of the mask if it is no more than causal"
-    elif plan.causal or queries == 1 < keys:
+    elif plan.causal or query[-2] == 1 < keys:
         args.append("is_causal=q.shape[-2] > 1")
+    if not is_default_scale(plan.scale, query[-1]):
+        args.append(f"scale={plan.scale:g}")
+    if naive.query.scale * naive.key.scale != 1:
+        text += ", on queries and keys that are not scaled before"
     if plan.dropout:
         args.append(f"dropout_p={plan.dropout}")
     if plan.gqa:
         args.append("enable_gqa=True")
         text += ", on keys and values that are not repeated"
+    if len(plan.masks) > 1:
+        text += "; join what is added and what is masked into one attn_mask"
     return Remedy(text=f"{text}.", code=f"out = F.scaled_dot_product_attention({', '.join(args)})")
 
 
@@ -120,24 +129,29 @@ def _fused(naive: Naive, plan: Plan) -> Rewrite:
         if not draft.claim({*naive.ops, *plan.key.ops, *plan.value.ops}):
             return
         writer = Writer(draft, naive.last)
-        call, made = writer.attention(plan)
-        (old,) = draft.graph.ops[naive.last].outputs
-        straight = tuple(range(len(naive.order)))
-        shape = tuple(draft.graph.tensors[old].shape[naive.order.index(d)] for d in straight)
-        ops = [call]
-        if draft.tensors[made].shape != shape:
-            unfolded = _unfolded(draft.graph, old, draft.tensors[made].shape) if naive.order == straight else None
-            if unfolded is not None:
-                writer.end(unfolded, ops, made)
-                return
-            made, op = writer.reshaped(made, shape)
-            ops += [op] if op else []
-        if naive.order != straight:
-            made, op = writer.permuted(made, naive.order)
-            ops.append(op)
-        writer.end(old, ops, made)
+        end_with(writer, naive, *writer.attention(plan))
 
     return rewrite
+
+
+def end_with(writer: Writer, naive: Naive, call: Op, made: int) -> None:
+    """Put a call where an attention that was spelt out ended, its result in the shape and order of the old one."""
+    draft = writer.draft
+    (old,) = draft.graph.ops[naive.last].outputs
+    straight = tuple(range(len(naive.order)))
+    shape = tuple(draft.graph.tensors[old].shape[naive.order.index(d)] for d in straight)
+    ops = [call]
+    if draft.tensors[made].shape != shape:
+        unfolded = _unfolded(draft.graph, old, draft.tensors[made].shape) if naive.order == straight else None
+        if unfolded is not None:
+            writer.end(unfolded, ops, made)
+            return
+        made, op = writer.reshaped(made, shape)
+        ops += [op] if op else []
+    if naive.order != straight:
+        made, op = writer.permuted(made, naive.order)
+        ops.append(op)
+    writer.end(old, ops, made)
 
 
 def _unfolded(graph: Graph, tensor: int, shape: tuple[int, ...]) -> int | None:

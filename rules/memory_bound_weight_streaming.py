@@ -21,7 +21,7 @@ rule's.
 **References.** Dettmers et al., "LLM.int8()" (2022); Lin et al., "AWQ" (2023); NVIDIA, "Introducing NVFP4" (2025).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..analyzer.cost import operator_name
@@ -29,12 +29,11 @@ from ..analyzer.finding import Match, Remedy, Rewrite, Severity, Situation, rule
 from ..analyzer.graph import ITEM_BITS, Arg, Op, Role, TensorRef
 from ..analyzer.rewrite import Draft
 from ..analyzer.roofline import Bound
-from ..hardware.gpu import Gpu
+from ._widths import Width, widths
 
-_REMEDY = Remedy(
-    text="Quantise the weights of these layers, with kernels that read them packed.",
-    code="from torchao.quantization import Int8WeightOnlyConfig, quantize_\nquantize_(model, Int8WeightOnlyConfig())",
-)
+_CONFIGS = {"fp8 weights": "Float8WeightOnlyConfig", "int8 weights": "Int8WeightOnlyConfig"}
+"""Of torchao, by the width that comes first."""
+PACKED = "fxroof.linear_packed.default"
 _LEAST_BITS = 16
 _LEAST_SHARE = 0.5
 
@@ -53,55 +52,53 @@ def check(situation: Situation) -> Iterator[Match]:
         moved = found.bytes_read + found.bytes_written
         if found.bound is not Bound.MEMORY or op.repeat * matrix.touched_bytes < _LEAST_SHARE * moved:
             continue
-        first, *others = _widths(situation.gpu)
+        first, *others = widths(situation.gpu)
         yield Match(
             op=index,
             message="the product waits for its weights to arrive",
             evidence={"weight_bytes": op.repeat * matrix.touched_bytes, "bytes": moved, "dtype": matrix.dtype},
-            remedy=_REMEDY,
+            remedy=_remedy(first),
             rewrite=_packed(index, op, first),
             alternatives={width.name: _packed(index, op, width) for width in others},
         )
 
 
-class _Width:
-    """A width of weights: what is stored of a matrix (rows x inner)."""
-
-    def __init__(self, name: str, dtype: str, per_byte: int, scale: str, group: Callable[[int], int]) -> None:
-        self.name, self.dtype, self.per_byte, self.scale, self.group = name, dtype, per_byte, scale, group
-
-
-_INT8 = _Width("int8 weights", "int8", 1, "float32", lambda inner: inner)
-_FP8 = _Width("fp8 weights", "float8_e4m3fn", 1, "float32", lambda inner: inner)
-_INT4 = _Width("int4 weights", "uint8", 2, "bfloat16", lambda inner: min(128, inner))
-_NVFP4 = _Width("nvfp4 weights", "uint8", 2, "float8_e4m3fn", lambda inner: min(16, inner))
+def _remedy(width: Width) -> Remedy:
+    config = _CONFIGS[width.name]
+    return Remedy(
+        text=f"Quantise the weights of these layers ({width.name}), with kernels that read them packed.",
+        code=f"from torchao.quantization import {config}, quantize_\nquantize_(model, {config}())",
+    )
 
 
-def _widths(gpu: Gpu) -> tuple[_Width, ...]:
-    """What the part multiplies fast, 8 bits first; widening needs no tensor path of that width, but kernels do."""
-    eight = (_FP8, _INT8) if "float8" in gpu.tensor else (_INT8,)
-    return (*eight, _INT4, *((_NVFP4,) if "float4" in gpu.tensor else ()))
-
-
-def _packed(index: int, op: Op, width: _Width) -> Rewrite:
+def _packed(index: int, op: Op, width: Width) -> Rewrite:
     def rewrite(draft: Draft) -> None:
-        weight = op.args["weight"]
-        if not isinstance(weight, TensorRef) or not draft.claim((index,)):
-            return
-        rows, inner = draft.graph.tensors[weight.tensor].shape
-        name = draft.graph.storages[draft.graph.tensors[weight.tensor].storage].name
-        groups = -(-inner // width.group(inner))
-        stored = draft.tensor((rows, -(-inner // width.per_byte)), width.dtype, role=Role.WEIGHT, name=name)
-        scales = draft.tensor((rows, groups), width.scale, role=Role.WEIGHT, name=f"{name}.scales")
-        args: dict[str, Arg] = {
-            "x": op.args["input"],
-            "weight": TensorRef(tensor=stored),
-            "scales": TensorRef(tensor=scales),
-            "zeros": None,
-            "order": None,
-            "bias": op.args.get("bias"),
-            "outputs": rows,
-        }
-        draft.replace(index, replace(op, target="fxroof.linear_packed.default", args=args))
+        if draft.claim((index,)):
+            draft.replace(index, _narrowed(draft, op, width))
+        elif index in draft.joined:
+            place, wide = draft.joined[index]
+            if wide == {index}:  # the last of them: one weight of several has one width
+                draft.replace(place, _narrowed(draft, draft.now(place), width))
+            wide.discard(index)
 
     return rewrite
+
+
+def _narrowed(draft: Draft, op: Op, width: Width) -> Op:
+    weight = op.args["weight"]
+    assert isinstance(weight, TensorRef)  # noqa: S101  # what `check` found, or the join of several
+    rows, inner = draft.tensors[weight.tensor].shape
+    name = draft.storages[draft.tensors[weight.tensor].storage].name
+    groups = -(-inner // width.group(inner))
+    stored = draft.tensor((rows, -(-inner // width.per_byte)), width.dtype, role=Role.WEIGHT, name=name)
+    scales = draft.tensor((rows, groups), width.scale, role=Role.WEIGHT, name=f"{name}.scales")
+    args: dict[str, Arg] = {
+        "x": op.args["input"],
+        "weight": TensorRef(tensor=stored),
+        "scales": TensorRef(tensor=scales),
+        "zeros": None,
+        "order": None,
+        "bias": op.args.get("bias"),
+        "outputs": rows,
+    }
+    return replace(op, target=PACKED, args=args)

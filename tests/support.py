@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fxroof.analyzer.graph import Graph
 from fxroof.analyzer.load import Model, load
+from fxroof.analyzer.review import Selection
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.trace import trace
 from fxroof.analyzer.workload import Program, Workload, plan
@@ -15,6 +16,9 @@ from fxroof.analyzer.workload import Program, Workload, plan
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "tests" / "models"
 CONFIGS = MODELS / "configs"
+
+NO_RULES = Selection(select=("TRC001",))
+"""For tests of everything but findings: rules may have the model traced again."""
 
 SHORT = Scenario(batch_size=2, input_len=96, output_len=32)
 

@@ -125,6 +125,24 @@ def efficient_attention_forward(call: Call) -> Cost:
     return _named(call, attention, "efficient", band)
 
 
+@formula("fxroof.attention_packed_cache")
+def packed_cache_attention(call: Call) -> Cost:
+    """Attention by the kernel that wide keys and values would get, which reads them packed and widens them on chip.
+
+    2 FLOPs an element of key and value, to widen and to scale it, on top of `scaled_dot_product_attention`.
+    """
+    attention = _attention(call, mask="attn_mask")
+    query, key, value = attention.query, attention.key, attention.value
+    wide = replace(attention, key=replace(key, dtype=query.dtype), value=replace(value, dtype=query.dtype))
+    backend = choose_backend(wide, call.gpu)
+    if backend.name == "math":
+        backend = Backend("flash", "a kernel of its own: PyTorch has none for packed keys and values")
+    apple = call.gpu.vendor == "apple"
+    steps = metal_steps(attention, backend.name) if apple else fused_steps(attention, backend.name)
+    widened = 2 * (key.numel + value.numel)
+    return _fused_cost(call, attention, steps, backend, band_of(attention), widened=widened)
+
+
 # CUTLASS multiplies float32 operands on tensor cores as three products of TF32 halves
 @formula("higher_order.flex_attention")
 def flex_attention(call: Call) -> Cost:
@@ -184,13 +202,15 @@ def _named(call: Call, attention: Attention, name: BackendName, band: Band) -> C
     return _fused_cost(call, attention, (), Backend(name), band)
 
 
-def _fused_cost(call: Call, attention: Attention, steps: tuple[Step, ...], backend: Backend, band: Band) -> Cost:
+def _fused_cost(
+    call: Call, attention: Attention, steps: tuple[Step, ...], backend: Backend, band: Band, *, widened: int = 0
+) -> Cost:
     """Cost of one kernel that keeps scores on chip, after what was prepared for it.
 
     Matmul FLOPs: 2 * B * Hq * pairs * (D + Dv), over the pairs that the causal mask leaves; dense over S * T.
     Vector FLOPs: scale, maximum, subtraction and sum per pair, one addition for a mask, and the division of
-    the output. Special: one exponential per pair. Traffic: query, key, value and mask once, so that KV heads
-    shared by query heads count once, and the output.
+    the output; `widened` to unpack keys and values. Special: one exponential per pair. Traffic: query, key, value and
+    mask once, so that KV heads shared by query heads count once, and the output.
     """
     query, key, value = attention.query, attention.key, attention.value
     queries, keys, value_dim = query.shape[-2], key.shape[-2], value.shape[-1]
@@ -202,7 +222,7 @@ def _fused_cost(call: Call, attention: Attention, steps: tuple[Step, ...], backe
     executed = pairs * per_pair * (_TF32_PRODUCTS if tf32 else 1)
     cost = call.cost(
         matmul={query.dtype: executed},
-        vector={"float32": pairs * (4 + (attention.mask is not None)) + rows * queries * value_dim},
+        vector={"float32": pairs * (4 + (attention.mask is not None)) + rows * queries * value_dim + widened},
         special=pairs,
         reads=_reads_in_band(attention, steps, band),
         scratch_read=_scratch_read(steps),

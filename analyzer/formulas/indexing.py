@@ -6,6 +6,7 @@ Indices are read. Which rows are hit is not known without data, so repeated indi
 the table.
 """
 
+from dataclasses import replace
 from math import prod
 
 from ..cost import Call, Cost, formula, operator_name
@@ -47,7 +48,10 @@ def embedding_bag(call: Call) -> Cost:
 
 @formula("aten.index_put", "aten._unsafe_index_put", "aten._index_put_impl_")
 def index_put(call: Call) -> Cost:
-    """Elements that the indices select; one value under one boolean mask is a masked fill of the whole."""
+    """Elements that the indices select; one value under one boolean mask is a masked fill of the whole.
+
+    Other boolean masks become indices first, whose number the host reads back (IndexingUtils.h).
+    """
     target, values = call.tensor("self"), call.tensor("values")
     indices = call.arg("indices")
     picks = [
@@ -58,9 +62,8 @@ def index_put(call: Call) -> Cost:
         if values.numel == 1:
             return _filled_under_mask(call)
         hit = min(values.numel, target.numel)
-    else:
-        hit = _selected(target, picks)
-    return _scatter(call, hit, accumulate=call.flag("accumulate"))
+        return replace(_scatter(call, hit, accumulate=call.flag("accumulate")), waits=True)
+    return _scatter(call, _selected(target, picks), accumulate=call.flag("accumulate"))
 
 
 @formula("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")

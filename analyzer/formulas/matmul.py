@@ -33,7 +33,7 @@ def linear(call: Call) -> Cost:
     cost = call.cost(
         matmul=multiply_adds(source.dtype, out.numel * inner),
         vector=vector(out.dtype, bias),
-        gemms=products(out.numel // max(columns, 1), columns, inner),
+        gemms=products(out.numel // max(columns, 1), columns, inner, aligned=_aligned(source, weight, out)),
     )
     if len(source.shape) <= _MATRIX or is_contiguous(source):
         return cost
@@ -64,7 +64,8 @@ def matmul(call: Call) -> Cost:
     if len(right.shape) <= _MATRIX:
         batch, rows = 1, batch * rows
     cost = call.cost(
-        matmul=multiply_adds(left.dtype, call.output.numel * inner), gemms=products(rows, columns, inner, batch)
+        matmul=multiply_adds(left.dtype, call.output.numel * inner),
+        gemms=products(rows, columns, inner, batch, aligned=_aligned(left, right, call.output)),
     )
     if operator_name(call.op.target) not in ("aten.matmul", "aten.linalg_matmul"):
         return cost
@@ -371,8 +372,23 @@ def _accumulated(call: Call, operand: str, results: int, special: float = 0.0, f
         vector=vector(out.dtype, out.numel * ((beta != 0) + scales) + flops),
         special=special,
         reads={"self": 0} if beta == 0 else None,
-        gemms=products(left.shape[-2], columns, left.shape[-1], batch) if len(left.shape) > 1 else (),
+        gemms=products(left.shape[-2], columns, left.shape[-1], batch, aligned=_aligned(*call.inputs[1:], out))
+        if len(left.shape) > 1
+        else (),
     )
+
+
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether the rows of all matrices, or their columns where those are contiguous, begin at multiples of 16 bytes."""
+    return all(
+        size == 1 or step == 1 or step * item_bytes(tensor) % _LOADED_AT_ONCE == 0
+        for tensor in matrices
+        if len(tensor.shape) > 1 and 1 in tensor.stride[-2:]  # others are copied first
+        for size, step in zip(tensor.shape, tensor.stride, strict=True)
+    )
+
+
+_LOADED_AT_ONCE = 16
 
 
 def _along(tensor: Tensor, dims: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -30,6 +30,9 @@ def grouped_mm(call: Call) -> Cost:
     if ranks == (2, 3):
         reads["mat2"], expected["mat2"] = experts_read(call, right, rows=left.shape[0])
         reads["self"], writes = own_bytes(call, left), own_bytes(call, out)
+        scales = call.optional("scale_b")
+        if scales is not None:  # those of the experts that are read
+            reads["scale_b"], expected["scale_b"] = experts_read(call, scales, rows=left.shape[0])
     elif ranks == (3, 2):
         reads["self"], expected["self"] = experts_read(call, left, rows=right.shape[1])
     results = out.numel * rows // max(left.shape[-2], 1)

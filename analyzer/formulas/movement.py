@@ -204,7 +204,13 @@ def col2im(call: Call) -> Cost:
     return call.cost(vector=vector(source.dtype, source.numel))
 
 
-@formula("aten.item", "aten._local_scalar_dense", "aten._assert_async", "aten._functional_assert_async")
+@formula("aten.item", "aten._local_scalar_dense")
+def read_back(call: Call) -> Cost:
+    """One element is read and handed to the host."""
+    return call.cost(waits=True)
+
+
+@formula("aten._assert_async", "aten._functional_assert_async", "fxroof.read_later")
 def one_element(call: Call) -> Cost:
     """One element is read."""
     return call.cost()

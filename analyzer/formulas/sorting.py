@@ -42,10 +42,10 @@ def bucketize(call: Call) -> Cost:
 
 @formula("aten.histc", "aten.bincount")
 def count(call: Call) -> Cost:
-    """Scale to a bin (for `histc`) and add one, or the weight."""
+    """Scale to a bin (for `histc`) and add one, or the weight; `bincount` reads the largest back, its result's size."""
     source: Tensor = call.tensor("self")
     scaled = 2 if call.op.target.startswith("aten.histc") else 0
-    return call.cost(vector=vector(source.dtype, (1 + scaled) * source.numel))
+    return call.cost(vector=vector(source.dtype, (1 + scaled) * source.numel), waits=not scaled)
 
 
 @formula("aten.isin")

@@ -1,11 +1,13 @@
 """Findings for people: what is wrong, where, why, what to write instead, and what that saves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
 
 from rich.text import Text
 
+from ..analysis import PhaseAnalysis
 from ..finding import Alternative, Finding, Severity, Step
-from ..report import Run
+from ..report import Report, Run
 from . import _units as units
 from ._layout import Column, clean, fact, table, title
 from .registry import Options
@@ -13,15 +15,19 @@ from .registry import Options
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "blue"}
 
 
-def findings(run: Run, options: Options) -> Iterator[Text]:
+def findings(report: Report, run: Run, options: Options) -> Iterator[Text]:
     """The findings of a run, the largest saving first, and the waterfall of each phase that they change."""
     width = options.width
     counted = [finding for finding in run.findings if not finding.suppressed]
-    yield title(f"{len(counted)} finding{'s' if len(counted) != 1 else ''} on {clean(run.gpu.key)}", width, heavy=True)
-    for finding in counted[: options.top]:
-        yield from _finding(finding, run, width)
+    many = "s" if len(counted) != 1 else ""
+    yield title(f"{len(counted)} finding{many} on {clean(report.title(run))}", width, heavy=True)
+    groups = _by_remedy(counted)
+    for first, *others in groups[: options.top]:
+        yield from _finding(first, run, width)
+        for other in others:
+            yield from fact("also", [*_where(other), *_savings(other, run)], width)
         yield Text()
-    more = [f"{f.code} at {_place(f)}" for f in counted[options.top :]]
+    more = [f"{f.code} at {_place(f)}" for group in groups[options.top :] for f in group]
     yield from fact("and", more, width)
     if more:
         yield Text()
@@ -38,7 +44,7 @@ def findings(run: Run, options: Options) -> Iterator[Text]:
         yield from fact("unused", [f"{clean(place)}: the comment suppresses nothing"], width)
     for name, steps in run.waterfall.items():
         if len(steps) > _ENDS + 1:
-            yield from _waterfall(name, steps, width)
+            yield from _waterfall(name, steps, run, width)
             yield Text()
 
 
@@ -46,13 +52,20 @@ _ENDS = 2
 """Bars of a waterfall that are no remedy: as written, and the floor."""
 
 
+def _by_remedy(found: Iterable[Finding]) -> list[list[Finding]]:
+    """Findings that say the same of several lines, together."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in found:
+        groups.setdefault((finding.code, finding.message, finding.remedy.text), []).append(finding)
+    return list(groups.values())
+
+
 def _finding(finding: Finding, run: Run, width: int) -> Iterator[Text]:
     heading = Text(f"{finding.code} {finding.name}", style=_STYLES[finding.severity])
     sure = [f"{finding.confidence.value} confidence"] if finding.confidence != "high" else []
     yield from fact("", [heading, *sure], width, label_width=0)
     yield from fact("saves", _savings(finding, run), width)
-    times = f" ×{finding.count}" if finding.count > 1 else ""
-    yield from fact("where", [_place(finding), *([clean(finding.module) + times] if finding.module else [])], width)
+    yield from fact("where", _where(finding), width)
     yield from fact("what", [clean(finding.message)], width)
     yield from fact(
         "why", [f"{clean(name).replace('_', ' ')} {_value(name, v)}" for name, v in finding.evidence.items()], width
@@ -66,12 +79,16 @@ def _finding(finding: Finding, run: Run, width: int) -> Iterator[Text]:
 
 def _alternative(other: Alternative, run: Run) -> str:
     parts = [
-        f"{clean(phase.name)} {_part(other.saving_seconds[phase.name], phase.seconds.estimate)}, of its bound "
-        f"{_part(other.saving_bound_seconds.get(phase.name, 0.0), phase.seconds.bound)}"
+        ", ".join(_saved(phase, other.saving_seconds, other.saving_bound_seconds))
         for phase in run.phases
         if phase.name in other.saving_seconds
     ]
     return f"{clean(other.name)}: {'; '.join(parts)}"
+
+
+def _where(finding: Finding) -> list[str]:
+    times = f" ×{finding.count}" if finding.count > 1 else ""
+    return [_place(finding), *([clean(finding.module) + times] if finding.module else [])]
 
 
 def _place(finding: Finding) -> str:
@@ -81,15 +98,30 @@ def _place(finding: Finding) -> str:
 def _savings(finding: Finding, run: Run) -> Iterator[str]:
     for phase in run.phases:
         if phase.name in finding.saving_seconds:
-            bound = finding.saving_bound_seconds.get(phase.name, 0.0)
-            yield f"{clean(phase.name)} {_part(finding.saving_seconds[phase.name], phase.seconds.estimate)}"
-            yield f"of its bound {_part(bound, phase.seconds.bound)}"
+            yield from _saved(phase, finding.saving_seconds, finding.saving_bound_seconds)
+    if finding.saving_per == "token" and finding.saving_seconds:
+        yield "on as many tokens"
+
+
+def _saved(phase: PhaseAnalysis, estimates: Mapping[str, float], bounds: Mapping[str, float]) -> Iterator[str]:
+    estimate, bound = estimates[phase.name], bounds.get(phase.name, 0.0)
+    hidden = phase.execution == "eager" and abs(estimate) < _HIDDEN * bound
+    likely = "nothing while launches set the pace" if hidden else _part(estimate, phase.seconds.estimate)
+    yield f"{clean(phase.name)} {likely}"
+    yield f"of its bound {_part(bound, phase.seconds.bound)}"
+
+
+_HIDDEN = 0.01
+"""Share of what the bound saves below which an eager estimate shows that the host is what is waited for."""
 
 
 def _part(saved: float, whole: float) -> str:
-    if not saved or not whole:
+    if not whole or abs(saved) < _NOTHING * whole:
         return "nothing"
     return f"{_signed(saved)} ({units.percent(saved / whole)})"
+
+
+_NOTHING = 1e-9
 
 
 def _signed(seconds: float) -> str:
@@ -106,10 +138,10 @@ def _value(name: str, value: str | float) -> str:
     return f"{value:,}" if isinstance(value, int) else units.digits(value, trim=True)
 
 
-def _waterfall(name: str, steps: tuple[Step, ...], width: int) -> Iterator[Text]:
+def _waterfall(name: str, steps: tuple[Step, ...], run: Run, width: int) -> Iterator[Text]:
     yield title(f"{clean(name)}: one remedy after the other", width)
     columns = [
-        Column(header="", cells=[clean(step.code).replace("-", " ", 1) for step in steps], least=12),
+        Column(header="", cells=[_step(step, run) for step in steps], least=12),
         Column(header="bound", cells=[units.seconds(step.bound) for step in steps], right=True),
         Column(
             header="estimate",
@@ -118,3 +150,11 @@ def _waterfall(name: str, steps: tuple[Step, ...], width: int) -> Iterator[Text]
         ),
     ]
     yield from table(columns, width)
+
+
+def _step(step: Step, run: Run) -> str:
+    if step.finding is None:
+        return clean(step.code).replace("-", " ", 1)
+    found = run.findings[step.finding]
+    place = f" {clean(PurePath(found.file).name)}:{found.line}" if found.file else ""
+    return f"{clean(step.code)}{place}"

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..analysis import Coverage, PhaseAnalysis, UnpricedOp
 from ..memory import Memory
-from ..report import ModelInfo, Report, Run
+from ..report import ModelInfo, Report, Run, Traced
 from ..roofline import Bound
 from ..scenario import Scenario
 from . import _units as units
@@ -44,18 +44,24 @@ def render(report: Report, options: Options) -> str:
     if len(report.runs) > 1:
         lines += [*_comparison(report, options.width), Text()]
     for run in report.runs:
-        lines += _run(run, options)
+        lines += _run(report, run, options)
     for run in report.runs:
-        lines += [*findings(run, options), Text()]
+        lines += [*findings(report, run, options), Text()]
     lines += _caveats(report, options.width)
     return printed(lines, options)
 
 
 def _header(report: Report, width: int) -> Iterator[Text]:
-    model, scenario = report.model, report.scenario
-    yield from fact("model", [Text(clean(model.name), style="bold"), *_size(model)], width)
-    yield from fact("source", [clean(model.source)] if model.source else [], width)
-    yield from fact("scenario", _scenario(scenario, report), width)
+    before = ""
+    for index, traced in enumerate(report.traces):
+        model = traced.model
+        if model.source != before or not index:
+            yield from fact("model", [Text(clean(model.name), style="bold"), *_size(model)], width)
+            yield from fact("source", [clean(model.source)] if model.source else [], width)
+        before = model.source
+        name = [clean(traced.scenario.name)] if len(report.traces) > 1 else []
+        runs = [run for run in report.runs if run.traced == index]
+        yield from fact("scenario", [*name, *_scenario(traced, runs)], width)
 
 
 def _size(model: ModelInfo) -> Iterator[str]:
@@ -71,7 +77,9 @@ def _size(model: ModelInfo) -> Iterator[str]:
         yield f"{units.byte_count(model.parameter_bytes_per_gpu)} a GPU"
 
 
-def _scenario(scenario: Scenario, report: Report) -> Iterator[str]:
+def _scenario(traced: Traced, runs: Sequence[Run]) -> Iterator[str]:
+    scenario = traced.scenario
+    phases = {phase.name for run in runs for phase in run.phases}
     yield f"batch {scenario.batch_size:,}"
     if scenario.gpus > 1:
         shares = {"tensors": scenario.tp, "experts": scenario.ep}
@@ -80,14 +88,14 @@ def _scenario(scenario: Scenario, report: Report) -> Iterator[str]:
         yield f"{scenario.prefix_len:,} of the prompt cached"
     if scenario.prompt_turns > 1:
         yield f"prefill in {scenario.prompt_turns:,} chunks"
-    if {"prefill", "decode"} & {phase.name for run in report.runs for phase in run.phases}:
+    if {"prefill", "decode"} & phases:
         if scenario.source_len:
             yield f"{scenario.source_len:,} encoder positions"
         yield f"{scenario.input_len:,} prompt token{'s' if scenario.input_len != 1 else ''}"
         yield f"{scenario.output_len:,} generated"
-        if any(phase.name == "decode" for run in report.runs for phase in run.phases):
+        if "decode" in phases:
             yield f"decode priced at context {scenario.context_len:,}"
-        yield f"KV cache: {clean(report.model.cache_kind)}"
+        yield f"KV cache: {clean(traced.model.cache_kind)}"
 
 
 def _failures(report: Report, width: int) -> Iterator[Text]:
@@ -113,7 +121,7 @@ def _comparison(report: Report, width: int) -> Iterator[Text]:
         Column(header="phase", cells=_without_repeats([phase.name for phase, _ in rows])),
         Column(
             header="GPU",
-            cells=[Text(clean(run.gpu.key), style="bold") for _, run in rows],
+            cells=[Text(clean(report.title(run)), style="bold") for _, run in rows],
             least=10,
             keep="end",
         ),
@@ -135,8 +143,8 @@ def _comparison(report: Report, width: int) -> Iterator[Text]:
     yield from table(columns, width)
 
 
-def _run(run: Run, options: Options) -> Iterator[Text]:
-    yield title(f"{clean(run.gpu.key)}  {clean(run.gpu.name)}", options.width, heavy=True)
+def _run(report: Report, run: Run, options: Options) -> Iterator[Text]:
+    yield title(f"{clean(report.title(run))}  {clean(run.gpu.name)}", options.width, heavy=True)
     yield from fact("peaks", _peaks(run), options.width)
     yield from _memory(run, options.width)
     yield from _serving(run, options.width)
@@ -508,7 +516,7 @@ def _caveats(report: Report, width: int) -> Iterator[Text]:
     coverages: dict[tuple[float, int, int, tuple[UnpricedOp, ...]], Coverage] = {}
     for run in report.runs:
         for assumption in run.assumptions:
-            holders.setdefault(assumption, []).append(run.gpu.key)
+            holders.setdefault(assumption, []).append(report.title(run))
         known = run.coverage
         coverages[known.fraction, known.priced, known.free, known.unpriced] = known
     for coverage in coverages.values():
@@ -521,8 +529,8 @@ def _caveats(report: Report, width: int) -> Iterator[Text]:
         ),
         width,
     )
-    yield from bullets(report.model.notes, width)
-    for run in report.runs:
+    yield from bullets(dict.fromkeys(note for traced in report.traces for note in traced.model.notes), width)
+    for run in {run.gpu.key: run for run in report.runs}.values():
         yield from fact("reached", [f"by estimates on {clean(run.gpu.key)}", *_reached(run)], width)
 
 

@@ -17,7 +17,7 @@ from fxroof.analyzer.roofline import Bound
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.trace import trace
 from fxroof.hardware.catalog import load
-from support import traced
+from support import NO_RULES, traced
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,7 +42,7 @@ class Dense(nn.Module):
 def dense(billions: float, gpu: str, batch_size: int = 1) -> PhaseAnalysis:
     with torch.device("meta"):
         model = Dense(billions * 1e9).half()
-    report = analyze(model, gpus=[gpu], scenario=Scenario(batch_size=batch_size))
+    report = analyze(model, gpus=[gpu], scenario=Scenario(batch_size=batch_size), selection=NO_RULES)
     return report.runs[0].phases[0]
 
 
@@ -302,7 +302,7 @@ def test_two_8b_layers_in_decode_cost_what_runs_not_what_export_invents() -> Non
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     scenario = Scenario(batch_size=16, input_len=4064, output_len=64, lengths_given=True)
-    report = analyze(module, gpus=["h100_sxm"], scenario=scenario, phase="decode")
+    report = analyze(module, gpus=["h100_sxm"], scenario=scenario, phase="decode", selection=NO_RULES)
     assert scenario.context_len == 4096
     assert report.runs[0].phases[0].bytes.total == pytest.approx(3.57e9, rel=0.01)
     assert from_module(module).parameters == report.model.parameters

@@ -104,10 +104,10 @@ def test_a_report_in_a_notebook_is_text_and_not_markup():
 
 def test_a_report_that_is_imported_alone_shows_itself():
     code = (
-        "from fxroof.analyzer.report import Report, ModelInfo\nfrom fxroof.analyzer.scenario import Scenario\n"
+        "from fxroof.analyzer.report import Report, ModelInfo, Traced\nfrom fxroof.analyzer.scenario import Scenario\n"
         "m = ModelInfo(name='m', source='', parameters=0, parameter_bytes=0, dtypes={}, cache_kind='')\n"
-        "print(Report(fxroof_version='', torch_version='', catalog_version='', model=m, scenario=Scenario(),"
-        " graphs={}, runs=()))"
+        "print(Report(fxroof_version='', torch_version='', catalog_version='',"
+        " traces=(Traced(model=m, scenario=Scenario(), graphs={}),), runs=()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("model      m")

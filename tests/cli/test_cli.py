@@ -178,7 +178,7 @@ def test_a_report_without_all_its_phases_is_shown_and_exits_2(monkeypatch, tmp_p
     assert "━━ not analysed" in result.stdout
     assert "prefill · " in result.stdout
     assert "error: decode was not analysed: The model's control flow" in result.stderr
-    assert json.loads(fxroof("analyze", file, "-f", "json").stdout)["failures"][0]["phase"] == "decode"
+    assert json.loads(fxroof("analyze", file, "-f", "json").stdout)["traces"][0]["failures"][0]["phase"] == "decode"
 
 
 def test_what_stops_the_box_is_one_message(folder, tmp_path):
@@ -231,7 +231,8 @@ def test_version_and_help():
     assert "fxroof analyze mymodel.py --gpu b200" in text
     text = fxroof("analyze", "--help").stdout
     assert text.index("Examples:") < text.index("Options:")
-    assert "[json|terminal]" in text
+    assert "json|" in text
+    assert "|terminal]" in text
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_version_and_help():
         (["analyze", "m.py", "--gpu", "b200", "--output-len", "9" * 40], "1<=x<="),
         (["analyze", "m.py", "--gpu", "b200", "--batch-size", "many"], "not a valid integer"),
         (["analyze", "m.py", "--gpu", "b200", "--dtype", "int3"], "'bf16'"),
-        (["analyze", "m.py", "--gpu", "b200", "-f", "pdf"], "not one of json, terminal"),
+        (["analyze", "m.py", "--gpu", "b200", "-f", "pdf"], "is not one of concise, csv"),
         (["analyze", "m.py", "--gpu", "b200", "--top", "0"], "1<=x<="),
         (["analyze", "m.py", "--gpu", "b200", "--tp", "0"], "1<=x<="),
         (["analyze", "m.py", "--gpu", "b200", "--min-saving", "much"], "no share"),
@@ -295,8 +296,8 @@ def test_a_file_that_gives_no_model_exits_2(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema_version": 99, "graphs": {}}', "schema version 99"),
-        ('{"schema_version": 2, "graphs": {}}', "damaged report"),
+        ('{"schema_version": 99, "runs": []}', "schema version 99"),
+        ('{"schema_version": 3, "runs": []}', "damaged report"),
         ('{"schema_version": 1}', "not an fxroof report"),
     ],
 )
@@ -401,7 +402,26 @@ def test_by_top_and_format_apply_to_saved_reports(sample_file):
     assert "5 operators" not in fxroof("analyze", sample_file).stdout
     assert "2 operators" in fxroof("analyze", sample_file, "--by", "module").stdout
     assert " other ops" in fxroof("analyze", sample_file, "--top", "2").stdout
-    assert json.loads(fxroof("analyze", sample_file, "-f", "json").stdout)["schema_version"] == 2
+    assert json.loads(fxroof("analyze", sample_file, "-f", "json").stdout)["schema_version"] == 3
+
+
+def test_several_formats_at_once_each_with_its_file(sample_file, tmp_path):
+    page, log = tmp_path / "page.md", tmp_path / "log.sarif"
+    shown = fxroof(
+        "analyze", sample_file, "-f", f"markdown={page}", "-f", "concise", "-f", f"sarif={log}", "--exit-zero"
+    )
+    assert shown.exit_code == 0
+    assert page.read_text().startswith("<!-- fxroof -->")
+    assert json.loads(log.read_text())["version"] == "2.1.0"
+    assert shown.stdout.splitlines()[-1].startswith(("no findings", "1 finding", "2 findings"))
+    for given, said in (
+        (("-f", "sarif="), "names no file"),
+        (("-f", "json", "-f", "csv", "-o", tmp_path / "x"), "Two formats for"),
+        (("-f", f"json={tmp_path / 'none' / 'x'}"), "there is no folder"),
+    ):
+        refused = fxroof("analyze", sample_file, *given)
+        assert refused.exit_code == 2
+        assert said in " ".join(refused.stderr.split())
 
 
 def test_completion_of_gpu_names():

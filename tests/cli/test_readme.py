@@ -36,7 +36,7 @@ def test_options_in_the_readme_exist() -> None:
     from click.testing import CliRunner
     from fxroof.analyzer.cli import main
 
-    known = CliRunner().invoke(main, ["analyze", "--help"]).output
+    known = "".join(CliRunner().invoke(main, [name, "--help"]).output for name in ("analyze", "diff", "baseline"))
     for option in set(re.findall(r"--[a-z][a-z-]+", README.read_text(encoding="utf-8"))):
         assert option in known or option in ("--debug", "--dist"), option
 

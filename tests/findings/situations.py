@@ -1,5 +1,8 @@
 """Phases of small models, ready for rules, and the comparison of a rewritten graph with a hand-remedied twin."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from fxroof.analyzer.analysis import analyze_phase
 from fxroof.analyzer.finding import Rule, Situation
@@ -23,7 +26,14 @@ def graphs_of(module: nn.Module, scenario: Scenario = SCENARIO, inputs: tuple[st
     return {program.phase.name: trace_program(program) for program in workload.programs}
 
 
-def situation(graph: Graph, *, execution: str = "eager", gpu: str = "h100_sxm") -> Situation:
+def retracing(module: nn.Module, inputs: tuple[str, ...] = ()) -> Callable[[Scenario, str], Graph | None]:
+    """A module's phases in other scenarios, as the pipeline hands them to rules."""
+    return lambda scenario, phase: graphs_of(module, scenario, inputs).get(phase)
+
+
+def situation(
+    graph: Graph, *, execution: str = "eager", gpu: str = "h100_sxm", scenario: Scenario = SCENARIO, **more: Any
+) -> Situation:
     """A phase on a GPU, as a rule sees it."""
     part = load(gpu).gpu
     analysis, costs = analyze_phase(graph, part, execution)
@@ -34,8 +44,8 @@ def situation(graph: Graph, *, execution: str = "eager", gpu: str = "h100_sxm") 
         analysis=analysis,
         others={},
         gpu=part,
-        scenario=SCENARIO,
-        memory=None,
+        scenario=scenario,
+        **{"memory": None, **more},
     )
 
 

@@ -221,6 +221,43 @@ def test_every_spelling_becomes_its_twin(spelling):
         assert not list(RULE.check(situation(twins[phase])))
 
 
+def unscaled(q, k, v):  # GPT-Neo
+    q, k, v = heads_first(q, k, v)
+    return tokens_first((q @ k.mT).softmax(-1) @ v)
+
+
+def unscaled_twin(q, k, v):
+    return fused(q, k, v, scale=1.0)
+
+
+def scaled_by_a_half(q, k, v):
+    q, k, v = heads_first(q, k, v)
+    return tokens_first(((q / 2) @ k.mT).softmax(-1) @ v)
+
+
+def scaled_by_a_half_twin(q, k, v):
+    return fused(q, k, v, scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "good", "scale", "before"),
+    [
+        (unscaled, unscaled_twin, ", scale=1", False),
+        (scaled_by_a_half, scaled_by_a_half_twin, ", scale=0.5", True),
+        (bidirectional, fused, "", False),
+        (additive_triu, causal, "", True),
+    ],
+)
+def test_the_remedy_scales_as_the_program_does(bad, good, scale, before):
+    graph, twin = (graphs_of(Decoder(attend))["prefill"] for attend in (bad, good))
+    agrees(rewritten(graph, RULE), twin)
+    for match in RULE.check(situation(graph)):
+        assert re.findall(r", scale=[^,)]*", match.remedy.code) == ([scale] if scale else [])
+        assert ("not scaled before" in match.remedy.text) == before
+    q, k, v = (torch.randn(2, 5, HEADS, HEAD_DIM, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(bad(q, k, v), good(q, k, v))
+
+
 def sliding_window(q, k, v):
     q, k, v = heads_first(q, k, v)
     return tokens_first((q @ k.mT * SCALE).masked_fill(~in_window(q, k), float("-inf")).softmax(-1) @ v)
@@ -367,7 +404,10 @@ def good_padding(q, k, v):
 def test_several_masks_become_one():
     twins = graphs_of(Decoder(good_padding))
     for phase, graph in graphs_of(Decoder(bad_padding)).items():
-        assert len(list(RULE.check(situation(graph)))) == 2
+        found = list(RULE.check(situation(graph)))
+        assert len(found) == 2
+        joined = ["join what is added and what is masked into one attn_mask" in m.remedy.text for m in found]
+        assert joined == [phase == "prefill"] * 2
         ours, theirs = figures(rewritten(graph, RULE)), figures(twins[phase])
         assert ours == {name: pytest.approx(value, rel=0.01) for name, value in theirs.items()}
 

@@ -106,6 +106,8 @@ def test_selection_by_code_beginning_and_name():
     codes = [r.code for r in rules]
     assert [r.code for r in selected(rules, Selection(select=("KVC001",)))] == ["KVC001"]
     assert {r.code for r in selected(rules, Selection(select=("kvc",), extend=("launch-bound",)))} == {
+        "KVC002",
+        "KVC003",
         "KVC001",
         "LCH001",
     }

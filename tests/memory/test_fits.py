@@ -13,7 +13,7 @@ from fxroof.analyzer.report import from_json, to_json
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.workload import plan
 from fxroof.hardware.catalog import load as load_gpu
-from support import CONFIGS, SHORT, TARGETS, traced
+from support import CONFIGS, NO_RULES, SHORT, TARGETS, traced
 from torch import nn
 
 H100 = load_gpu("h100_sxm").gpu
@@ -132,9 +132,9 @@ def test_no_number_of_cards_helps_where_activations_alone_are_too_large() -> Non
 
 
 def test_a_saved_report_answers_for_another_gpu() -> None:
-    report = analyze(TARGETS["moe"], gpus=["h100"], scenario=SHORT)
-    again = reprice(from_json(to_json(report)), gpus=["a100_sxm_80gb"])
-    direct = analyze(TARGETS["moe"], gpus=["a100_sxm_80gb"], scenario=SHORT)
+    report = analyze(TARGETS["moe"], gpus=["h100"], scenario=SHORT, selection=NO_RULES)
+    again = reprice(from_json(to_json(report)), gpus=["a100_sxm_80gb"], selection=NO_RULES)
+    direct = analyze(TARGETS["moe"], gpus=["a100_sxm_80gb"], scenario=SHORT, selection=NO_RULES)
     assert again.runs[0].memory == direct.runs[0].memory
     assert report.runs[0].memory is not None
     assert report.runs[0].memory.total_bytes == sum(

@@ -15,12 +15,12 @@ from fxroof.analyzer.capture import from_live, from_model
 from fxroof.analyzer.cli import main
 from fxroof.analyzer.errors import FxroofError, WorkloadError
 from fxroof.analyzer.graph import Graph, TensorRef
-from fxroof.analyzer.handover import Traced, collect
+from fxroof.analyzer.handover import collect
 from fxroof.analyzer.load import load
 from fxroof.analyzer.memory import Memory, memory
 from fxroof.analyzer.pipeline import analyze, reprice
 from fxroof.analyzer.pricing import price
-from fxroof.analyzer.report import from_json, to_json
+from fxroof.analyzer.report import Traced, from_json, to_json
 from fxroof.analyzer.scenario import Scenario
 from fxroof.hardware.catalog import load as load_gpu
 from support import CONFIGS, INPUTS, MODELS, TARGETS, cut
@@ -37,7 +37,7 @@ def shared(name: str, tp: int = 1, ep: int = 1) -> Traced:
     layers = 4 if name == "deepseek-v3" else 2  # the first three of that have no experts
     model = load(cut(target, layers) if Path(target).is_dir() else target)
     scenario = Scenario(tp=tp, ep=ep, **LENGTHS)
-    return collect(from_model(model, scenario, inputs=INPUTS.get(name, ())), lambda _: None)
+    return collect(from_model(model, scenario, inputs=INPUTS.get(name, ())), lambda _: None).traced
 
 
 def flops_by_module(graph: Graph) -> Counter[str]:
@@ -200,7 +200,7 @@ def test_a_model_without_known_layers_is_refused() -> None:
 def test_an_exported_program_is_refused() -> None:
     program = torch.export.export(nn.Sequential(nn.Linear(8, 8)), (torch.zeros(1, 8),))
     with pytest.raises(WorkloadError, match="exported program"):
-        collect(from_live(program, None, Scenario(tp=2), "all", "as-is"), lambda _: None)
+        collect(from_live(program, None, Scenario(tp=2), "all", "as-is")[0], lambda _: None)
 
 
 def test_a_live_module_is_left_as_it_was() -> None:
@@ -227,7 +227,7 @@ def test_one_gpu_of_a_saved_report_stays_one_of_as_many() -> None:
         cut(str(CONFIGS / "llama-3-8b"), 2), gpu="h100", scenario=Scenario(tp=4, **LENGTHS), in_process=True
     )
     again = reprice(from_json(to_json(report)), gpus=["h200"])
-    assert again.scenario.tp == 4
+    assert again.traces[0].scenario.tp == 4
     assert again.model.parameter_bytes_per_gpu == report.model.parameter_bytes_per_gpu
     assert again.runs[0].memory.weights_bytes == report.runs[0].memory.weights_bytes
 
@@ -288,7 +288,7 @@ def quantised(method: str, **changes: Any) -> Traced:
     content = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(content | {"quantization_config": QUANTISED[method]}))
     tp = changes.get("tp", 4)
-    return collect(from_model(load(str(folder)), Scenario(tp=tp, **LENGTHS)), lambda _: None)
+    return collect(from_model(load(str(folder)), Scenario(tp=tp, **LENGTHS)), lambda _: None).traced
 
 
 @pytest.mark.parametrize("method", QUANTISED)

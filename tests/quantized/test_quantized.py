@@ -16,7 +16,7 @@ from fxroof.analyzer.pricing import price
 from fxroof.analyzer.report import Report
 from fxroof.analyzer.scenario import Scenario
 from fxroof.hardware.catalog import load as load_gpu
-from support import CONFIGS
+from support import CONFIGS, NO_RULES
 
 SCENARIO = Scenario(batch_size=1, input_len=256, output_len=64)
 
@@ -73,7 +73,13 @@ def folder(name: str, quantization: object = "as published", layers: int | None 
 
 @functools.cache
 def report(name: str, method: str | None, layers: int) -> Report:
-    return analyze(folder(name, METHODS.get(method, method), layers), gpus=["h100"], scenario=SCENARIO, in_process=True)
+    return analyze(
+        folder(name, METHODS.get(method, method), layers),
+        gpus=["h100"],
+        scenario=SCENARIO,
+        selection=NO_RULES,
+        in_process=True,
+    )
 
 
 def phases(one: Report) -> dict[str, PhaseAnalysis]:
@@ -200,7 +206,9 @@ def test_deepseek_v3_runs_both_phases_in_fp8() -> None:
 
 @pytest.mark.slow
 def test_deepseek_v3_at_full_depth() -> None:
-    one = analyze(folder("deepseek-v3"), gpus=["h200"], phase="decode", scenario=SCENARIO, in_process=True)
+    one = analyze(
+        folder("deepseek-v3"), gpus=["h200"], phase="decode", scenario=SCENARIO, selection=NO_RULES, in_process=True
+    )
     # 36.6 billion parameters are active for a token, its head among them in bfloat16 (README_WEIGHTS.md)
     head = 129280 * 7168
     assert phases(one)["decode"].bytes.weight == pytest.approx(36.6e9 + head, rel=0.02)

@@ -1,6 +1,7 @@
 """A report with fixed figures, built by hand: what a renderer is given, independent of formulas and torch."""
 
 from dataclasses import replace
+from typing import Any
 
 from fxroof.analyzer.analysis import (
     ByteTotals,
@@ -18,7 +19,7 @@ from fxroof.analyzer.execution import Execution, KernelAnalysis, KernelTimes
 from fxroof.analyzer.finding import Alternative, Confidence, Finding, Remedy, Severity, Step
 from fxroof.analyzer.floor import Floor
 from fxroof.analyzer.memory import Memory
-from fxroof.analyzer.report import GpuInfo, ModelInfo, PhaseFailure, Report, Run
+from fxroof.analyzer.report import GpuInfo, ModelInfo, PhaseFailure, Report, Run, Traced
 from fxroof.analyzer.review import RuleFailure
 from fxroof.analyzer.roofline import Bound, Lanes
 from fxroof.analyzer.scenario import Scenario
@@ -321,6 +322,7 @@ def findings() -> tuple[Finding, ...]:
             confidence=Confidence.HIGH,
             phases=("decode",),
             module="blocks.*.attn",
+            op="aten.cat",
             count=LAYERS,
             file="models/small_gpt.py",
             line=24,
@@ -339,6 +341,7 @@ def findings() -> tuple[Finding, ...]:
             confidence=Confidence.MEDIUM,
             phases=("prefill", "decode"),
             module="lm_head",
+            op="aten.linear",
             count=1,
             file="",
             line=0,
@@ -364,6 +367,7 @@ def findings() -> tuple[Finding, ...]:
             confidence=Confidence.HIGH,
             phases=("decode",),
             module="head",
+            op="acme.mystery",
             count=1,
             file="models/small_gpt.py",
             line=60,
@@ -399,6 +403,17 @@ def memory(usable: int | None) -> Memory:
     )
 
 
+MODEL = ModelInfo(
+    name="SmallGPT",
+    source="models/small_gpt.py:build",
+    parameters=115_867_648,
+    parameter_bytes=231_735_296,
+    dtypes={"bfloat16": 115_867_648},
+    cache_kind="passed as `cache`",
+    notes=("a note about loading",),
+)
+
+
 def report(*, several: bool = False) -> Report:
     runs = [run(gpu("x100", "Example X100", note="x means x100 (Example X100)"))]
     if several:
@@ -407,17 +422,7 @@ def report(*, several: bool = False) -> Report:
         fxroof_version="1.2.3",
         torch_version="2.13.0",
         catalog_version="2026-01-01",
-        model=ModelInfo(
-            name="SmallGPT",
-            source="models/small_gpt.py:build",
-            parameters=115_867_648,
-            parameter_bytes=231_735_296,
-            dtypes={"bfloat16": 115_867_648},
-            cache_kind="passed as `cache`",
-            notes=("a note about loading",),
-        ),
-        scenario=SCENARIO,
-        graphs={},
+        traces=(Traced(model=MODEL, scenario=SCENARIO, graphs={}),),
         runs=tuple(runs),
     )
 
@@ -432,7 +437,12 @@ def partial() -> Report:
         hint="Write that line with tensor operations such as torch.where.",
     )
     runs = tuple(replace(r, phases=r.phases[:1]) for r in whole.runs)
-    return replace(whole, runs=runs, failures=(failure,))
+    return retraced(replace(whole, runs=runs), failures=(failure,))
+
+
+def retraced(report: Report, **changes: Any) -> Report:
+    """The report with another model, scenario, graphs or failures."""
+    return replace(report, traces=(replace(report.traces[0], **changes),))
 
 
 def renamed(original: Report, text: str) -> Report:
@@ -447,4 +457,4 @@ def renamed(original: Report, text: str) -> Report:
     )
     model = replace(original.model, name=text, source=text, cache_kind=text, notes=(text,))
     failures = tuple(replace(f, phase=text, message=text, hint=text) for f in original.failures)
-    return replace(original, model=model, runs=runs, failures=failures)
+    return retraced(replace(original, runs=runs), model=model, failures=failures)

@@ -107,3 +107,23 @@ def test_expert_loops_trace_under_stated_balanced_routing(tokens: int, experts: 
         graph = trace(module, (x,))
     flops = analyze_phase(graph, H100)[0].flops.matmul
     assert flops == 2 * tokens * width * (experts + chosen * width), "every token goes through its experts, no more"
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda y: y[(y.sum(-1) > 0).nonzero().squeeze(-1)],
+        lambda y: y[y > 0],
+        lambda y: y.masked_select(y > 0),
+        lambda y: y.sum(-1).unique(),
+    ],
+    ids=["nonzero", "boolean index", "masked_select", "unique"],
+)
+def test_a_shape_that_only_data_tell_is_refused_at_its_line(pick):
+    class Picking(nn.Module):
+        def forward(self, x):
+            return pick(x.relu()) * 2
+
+    with pytest.raises(TraceError, match=r"A shape depends on tensor values at .*test_values\.py:\d+") as caught:
+        trace(Picking(), (torch.empty(8, 64, device="meta"),))
+    assert "torch.where" in caught.value.hint

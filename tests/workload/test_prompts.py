@@ -8,7 +8,7 @@ from fxroof.analyzer.scenario import Scenario
 from fxroof.hardware.catalog import load
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TARGETS, traced
+from support import NO_RULES, TARGETS, traced
 
 H100 = load("h100_sxm").gpu
 
@@ -62,11 +62,13 @@ def test_a_prefix_is_read_and_not_computed() -> None:
 )
 def test_where_it_makes_no_sense_it_is_refused(target: str, scenario: Scenario, said: str) -> None:
     with pytest.raises(FxroofError, match=said):
-        analyze(target, gpu="h100", scenario=scenario, in_process=True)
+        analyze(target, gpu="h100", scenario=scenario, selection=NO_RULES, in_process=True)
 
 
 def test_time_to_first_token_counts_every_chunk() -> None:
-    report = analyze(TARGETS["mymodel"], gpu="h100", scenario=Scenario(input_len=96, chunk=32), in_process=True)
+    report = analyze(
+        TARGETS["mymodel"], gpu="h100", scenario=Scenario(input_len=96, chunk=32), selection=NO_RULES, in_process=True
+    )
     (run,) = report.runs
     first = run.phases[0]
     assert run.serving is not None
