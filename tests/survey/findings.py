@@ -148,7 +148,7 @@ def _page(found: list[Found], kinds: list[str], failed: dict[str, str], versions
     for code in sorted({*codes, *(key.split()[0] for key in read)}):
         mine = [f for f in found if f.code == code]
         verdicts = {key: verdict["true"] for key, verdict in read.items() if key.split()[0] == code}
-        left = [verdicts[f.key] for f in mine if f.key in verdicts]
+        left = [_holds(read[f.key]) for f in mine if f.key in verdicts]
         cells = (
             *(code, len(mine), len({f.architecture for f in mine}), len(verdicts), sum(verdicts.values())),
             *(_share(list(verdicts.values())), left.count(False), _share(left)),
@@ -162,7 +162,7 @@ def _page(found: list[Found], kinds: list[str], failed: dict[str, str], versions
         told = ", ".join(f"{c} {n}" if n > 1 else c for c, n in counts.items() if n)
         lines.append(f"| {kind} | {told or ('not analysed' if kind in failed else 'nothing')} |")
     now = {f.key for f in found}
-    false = [(key, verdict["why"]) for key, verdict in sorted(read.items()) if not verdict["true"] and key in now]
+    false = [(key, verdict["why"]) for key, verdict in sorted(read.items()) if not _holds(verdict) and key in now]
     if false:
         lines += [
             "",
@@ -171,6 +171,11 @@ def _page(found: list[Found], kinds: list[str], failed: dict[str, str], versions
             *(f"- {key}: {why}" for key, why in false),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _holds(verdict: dict[str, Any]) -> bool:
+    """Whether a finding is true as the rules are now: `mended` ones say something else at the same line."""
+    return bool(verdict["true"] or verdict.get("mended"))
 
 
 def _share(verdicts: list[bool]) -> str:
