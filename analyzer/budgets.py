@@ -1,17 +1,19 @@
 """Limits that a project sets itself: what a step may take, what must fit, how much may be added by a change.
 
-A budget is a metric and a limit, `decode.tpot = "12 ms"`; a limit with a sign, `"+2%"`, is relative to a base.
+A budget is a metric and a limit, `decode.tpot = "12 ms"`. A limit with a sign, `"+2%"` or `"+1 ms"`, is what may be added
+to a base; `"crossing 12 ms"` is broken only by what makes a base that kept to it exceed it.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from .analysis import PhaseAnalysis
 from .errors import FxroofError
-from .limits import Budget, Of, Verdict
-from .report import Run
+from .limits import Budget, Kind, Of, Verdict
+from .report import Report, Run
 
 
 class BudgetError(FxroofError):
@@ -63,47 +65,54 @@ def from_texts(texts: Iterable[str]) -> tuple[Budget, ...]:
     return tuple(found)
 
 
-def judge(runs: Iterable[Run], limits: Iterable[Budget], base: Iterable[Run] = ()) -> tuple[Verdict, ...]:
-    """Every budget on every run that it is for; relative ones against the base's run of that GPU and scenario."""
-    limits = tuple(limits)
-    before = {(run.gpu.key, run.scenario.name): run for run in base}
+def judge(report: Report, limits: Iterable[Budget], bases: Mapping[int, Run] | None = None) -> tuple[Verdict, ...]:
+    """Every budget on every run that it is for.
+
+    Args:
+        report: the runs.
+        limits: the budgets.
+        bases: what runs are compared with, by their place in the report.
+    """
+    limits, bases = tuple(limits), bases or {}
     return tuple(
-        _verdict(run, limit, before.get((run.gpu.key, run.scenario.name)))
-        for run in runs
+        _verdict(run, report.title(run), limit, bases.get(index))
+        for index, run in enumerate(report.runs)
         for limit in limits
         if limit.gpu in ("", run.gpu.key) and limit.scenario in ("", run.scenario.name)
     )
 
 
-def _verdict(run: Run, budget: Budget, base: Run | None) -> Verdict:
+def _verdict(run: Run, title: str, budget: Budget, base: Run | None) -> Verdict:
     metric = METRICS[budget.metric]
     value = metric.read(run, budget.of)
     before = metric.read(base, budget.of) if base is not None else None
-    limit: float | None = budget.limit
-    why = ""
-    if value is None:
-        why = "this run has no such figure"
-    elif budget.relative and base is None:
-        limit, why = None, "there is no base to compare with"
-    elif budget.relative and before is None:
-        limit, why = None, "the base has no such figure"
-    elif budget.relative and before is not None:
-        limit = before * (1 + budget.limit)
+    limit, why = _held_against(budget, value, before, base)
     kept = None
     if value is not None and limit is not None:
-        slack = _SLACK * abs(limit)
-        kept = value >= limit - slack if metric.at_least else value <= limit + slack
+        kept = _keeps(metric, value, limit)
+        if budget.kind == "crossing" and not kept and before is not None and not _keeps(metric, before, limit):
+            kept, why = True, "the base exceeds it too"
     return Verdict(
-        budget=budget,
-        gpu=run.gpu.key,
-        scenario=run.scenario.name,
-        unit=metric.unit,
-        value=value,
-        base=before,
-        limit=limit,
-        kept=kept,
-        why=why,
+        budget=budget, run=title, unit=metric.unit, value=value, base=before, limit=limit, kept=kept, why=why
     )
+
+
+def _held_against(
+    budget: Budget, value: float | None, before: float | None, base: Run | None
+) -> tuple[float | None, str]:
+    """The limit of a value, or None and why there is none."""
+    if value is None:
+        return budget.limit, "this run has no such figure"
+    if budget.needs_base and before is None:
+        return None, "there is no base to compare with" if base is None else "the base has no such figure"
+    if budget.kind == "share":
+        return (before or 0.0) * (1 + budget.limit), ""
+    return (before or 0.0) + budget.limit if budget.kind == "change" else budget.limit, ""
+
+
+def _keeps(metric: Metric, value: float, limit: float) -> bool:
+    slack = _SLACK * abs(limit)
+    return value >= limit - slack if metric.at_least else value <= limit + slack
 
 
 _SLACK = 1e-9
@@ -139,11 +148,11 @@ def _budget(name: str, value: object, path: tuple[str, ...], scenario: str) -> B
         raise BudgetError(f"{name}: {text!r} is no limit.", f"Write a text such as {_example(name)}.", path)
     if of not in ("floor", "bound", "estimate") or (of != "estimate" and not METRICS[name].timed):
         raise BudgetError(f"{name}: of = {of!r} means nothing here.", "floor, bound or estimate, for times.", path)
-    limit, relative = _limit(name, text, path)
+    limit, kind = _limit(name, text, path)
     return Budget(
         metric=name,
         limit=limit,
-        relative=relative,
+        kind=kind,
         text=text,
         of=of,
         gpu=str(table.get("gpu", "")),
@@ -165,22 +174,22 @@ _UNITS: dict[str, dict[str, float]] = {
 }
 
 
-def _limit(name: str, text: str, path: tuple[str, ...]) -> tuple[float, bool]:
-    match = re.fullmatch(r"\s*([+-]?)(\d[\d_,]*(?:\.\d+)?)\s*([^\d\s]*)\s*", text)
+def _limit(name: str, text: str, path: tuple[str, ...]) -> tuple[float, Kind]:
+    match = re.fullmatch(r"\s*(crossing\s+|[+-]?)(\d[\d_,]*(?:\.\d+)?)\s*([^\d\s]*)\s*", text)
     if match is None:
         raise BudgetError(f"{name}: {text!r} is no limit.", f"Write it as {_example(name)}.", path)
-    sign, digits, unit = match[1], match[2].replace(",", "").replace("_", ""), match[3]
-    if sign:
-        if unit != "%":
-            raise BudgetError(
-                f"{name}: {text!r}: a change against the base is a percentage.", 'Write it as "+2%".', path
-            )
-        return float(f"{sign}{digits}") / 100, True
-    known = _UNITS[METRICS[name].unit]
-    factor = known.get(unit.lower())
+    before, digits, unit = match[1].strip(), match[2].replace(",", "").replace("_", ""), match[3]
+    signed = before in ("+", "-")
+    value = float(f"{before}{digits}" if signed else digits)
+    if not isfinite(value):
+        raise BudgetError(f"{name}: {text!r} is too large a number.", f"Write it as {_example(name)}.", path)
+    metric = METRICS[name]
+    if signed and unit == "%":
+        return value / 100, "share" if metric.unit != "share" else "change"
+    factor = _UNITS[metric.unit].get(unit.lower())
     if factor is None:
-        raise BudgetError(f"{name}: {text!r} is not in {METRICS[name].unit}.", f"Write it as {_example(name)}.", path)
-    return float(digits) * factor, False
+        raise BudgetError(f"{name}: {text!r} is not in {metric.unit}.", f"Write it as {_example(name)}.", path)
+    return value * factor, "change" if signed else "crossing" if before else "absolute"
 
 
 def _example(name: str) -> str:

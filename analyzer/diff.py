@@ -6,14 +6,15 @@ A comparison is of runs on the same GPU in the same scenario. What one side alon
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .analysis import PhaseAnalysis, Times
 from .budgets import judge
 from .finding import Finding, Severity
 from .fingerprint import Identity, identity
 from .limits import Budget, Verdict
-from .report import Report, Run
+from .report import GpuInfo, Report, Run, merged
+from .scenario import Scenario
 
 DEFAULT_THRESHOLDS = ("encoder.time", "prefill.time", "decode.time", "forward.time")
 """Figures that may not grow by more than `DEFAULT_GROWTH` where a project sets no budgets."""
@@ -54,8 +55,7 @@ class PhaseChange:
     """A phase of a run, on both sides.
 
     Attributes:
-        gpu: catalogue key.
-        scenario: its name.
+        run: its title.
         phase: its name.
         base: times; None where the base has no such phase.
         head: the same.
@@ -64,8 +64,7 @@ class PhaseChange:
         modules: those that differ, the largest change of the estimate first.
     """
 
-    gpu: str
-    scenario: str
+    run: str
     phase: str
     base: Times | None
     head: Times | None
@@ -83,10 +82,9 @@ class PhaseChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindingChange:
-    """A finding that one side alone has, with the run that it is of."""
+    """A finding that one side alone has, with the title of its run."""
 
-    gpu: str
-    scenario: str
+    run: str
     finding: Finding
 
 
@@ -122,9 +120,10 @@ def diff(base: Report, head: Report, *, budgets: Sequence[Budget] = (), fail_on:
         budgets: limits for the head; without any, no phase may take more than 2 % longer.
         fail_on: severity from which a new finding fails: `error`, `warning`, `info` or `never`.
     """
-    before, after = ({_key(run): run for run in report.runs} for report in (base, head))
-    limits = tuple(budgets) or _default_budgets()
-    verdicts = judge(head.runs, limits, base.runs)
+    before, after = _titled(base, head)
+    at = {id(run): title for title, run in after.items()}
+    bases = {index: before[at[id(run)]] for index, run in enumerate(head.runs) if at.get(id(run)) in before}
+    verdicts = judge(head, tuple(budgets) or _default_budgets(), bases)
     new = tuple(_only(after, before))
     return Diff(
         model=head.model.name,
@@ -133,32 +132,36 @@ def diff(base: Report, head: Report, *, budgets: Sequence[Budget] = (), fail_on:
         gone=tuple(_only(before, after)),
         verdicts=verdicts,
         failing=(*_exceeded(verdicts), *_severe(new, fail_on), *_lost(base, head)),
-        warnings=tuple(_warnings(base, head, before.keys(), after.keys())),
+        warnings=tuple(_warnings(base, head, before, after)),
     )
 
 
-Key = tuple[str, str]
-
-
-def _key(run: Run) -> Key:
-    return run.gpu.key, run.scenario.name
+def _titled(base: Report, head: Report) -> tuple[dict[str, Run], dict[str, Run]]:
+    """The runs of both by what they are called where both are seen together."""
+    if all(len({traced.model.source for traced in report.traces}) == 1 for report in (base, head)):
+        # the same model, wherever its file lay
+        base = replace(base, traces=tuple(replace(traced, model=head.model) for traced in base.traces))
+    both = merged((head, base))
+    titles = [both.title(run) for run in both.runs]
+    split = len(head.runs)
+    return dict(zip(titles[split:], base.runs, strict=True)), dict(zip(titles[:split], head.runs, strict=True))
 
 
 def _default_budgets() -> tuple[Budget, ...]:
     return tuple(
-        Budget(metric=name, limit=DEFAULT_GROWTH, relative=True, text=f"+{DEFAULT_GROWTH:.0%}")
+        Budget(metric=name, limit=DEFAULT_GROWTH, kind="share", text=f"+{DEFAULT_GROWTH:.0%}")
         for name in DEFAULT_THRESHOLDS
     )
 
 
-def _phases(before: dict[Key, Run], after: dict[Key, Run]) -> Iterator[PhaseChange]:
-    for key in dict.fromkeys((*after, *before)):
-        sides = [{p.name: p for p in runs[key].phases} if key in runs else {} for runs in (before, after)]
+def _phases(before: dict[str, Run], after: dict[str, Run]) -> Iterator[PhaseChange]:
+    for run in dict.fromkeys((*after, *before)):
+        sides = [{p.name: p for p in runs[run].phases} if run in runs else {} for runs in (before, after)]
         for name in dict.fromkeys((*sides[1], *sides[0])):
-            yield _phase(key, name, sides[0].get(name), sides[1].get(name))
+            yield _phase(run, name, sides[0].get(name), sides[1].get(name))
 
 
-def _phase(key: Key, name: str, base: PhaseAnalysis | None, head: PhaseAnalysis | None) -> PhaseChange:
+def _phase(run: str, name: str, base: PhaseAnalysis | None, head: PhaseAnalysis | None) -> PhaseChange:
     one, other = (_by_module(phase) if phase else {} for phase in (base, head))
     changes = [
         ModuleChange(module=module, base=one.get(module, Work()), head=other.get(module, Work()))
@@ -167,8 +170,7 @@ def _phase(key: Key, name: str, base: PhaseAnalysis | None, head: PhaseAnalysis 
     ]
     changes.sort(key=lambda c: (-abs(c.head.estimate - c.base.estimate), -abs(c.head.bound - c.base.bound), c.module))
     return PhaseChange(
-        gpu=key[0],
-        scenario=key[1],
+        run=run,
         phase=name,
         base=base.seconds if base else None,
         head=head.seconds if head else None,
@@ -229,23 +231,23 @@ def _whole(parts: Iterable[Work]) -> Work:
     )
 
 
-def _only(here: dict[Key, Run], there: dict[Key, Run]) -> Iterator[FindingChange]:
+def _only(here: dict[str, Run], there: dict[str, Run]) -> Iterator[FindingChange]:
     """Findings of runs that both sides have, which one side alone has: as many as it has more of their like."""
-    for key, run in here.items():
-        if key not in there:
+    for title, run in here.items():
+        if title not in there:
             continue
-        known: Counter[Identity] = Counter(identity(f) for f in there[key].findings)
+        known: Counter[Identity] = Counter(identity(f) for f in there[title].findings)
         for finding in run.findings:
             if known[identity(finding)]:
                 known[identity(finding)] -= 1
             elif not finding.suppressed:
-                yield FindingChange(gpu=key[0], scenario=key[1], finding=finding)
+                yield FindingChange(run=title, finding=finding)
 
 
 def _exceeded(verdicts: Iterable[Verdict]) -> Iterator[str]:
     for verdict in verdicts:
         if verdict.kept is False:
-            yield f"{verdict.budget.metric} exceeds {verdict.budget.text} on {verdict.gpu}, {verdict.scenario}"
+            yield f"{verdict.budget.metric} exceeds {verdict.budget.text} on {verdict.run}"
 
 
 def _severe(new: Iterable[FindingChange], fail_on: str) -> Iterator[str]:
@@ -255,7 +257,7 @@ def _severe(new: Iterable[FindingChange], fail_on: str) -> Iterator[str]:
         found = change.finding
         if found.severity.value in failing:
             place = f"{found.file}:{found.line}" if found.file else "the whole phase"
-            yield f"new {found.severity.value} {found.code} at {place} on {change.gpu}, {change.scenario}"
+            yield f"new {found.severity.value} {found.code} at {place} on {change.run}"
 
 
 def _lost(base: Report, head: Report) -> Iterator[str]:
@@ -265,7 +267,7 @@ def _lost(base: Report, head: Report) -> Iterator[str]:
             yield f"{failure.phase} can no longer be analysed: {failure.message}"
 
 
-def _warnings(base: Report, head: Report, before: Iterable[Key], after: Iterable[Key]) -> Iterator[str]:
+def _warnings(base: Report, head: Report, before: dict[str, Run], after: dict[str, Run]) -> Iterator[str]:
     for what, one, other in (
         ("fxroof", base.fxroof_version, head.fxroof_version),
         ("torch", base.torch_version, head.torch_version),
@@ -273,18 +275,23 @@ def _warnings(base: Report, head: Report, before: Iterable[Key], after: Iterable
     ):
         if one != other:
             yield f"{what} differs, {one} and {other}: a change may come from there"
-    before, after = set(before), set(after)
-    for key in sorted(after - before):
-        yield f"the base has no run on {key[0]}, {key[1]}"
-    for key in sorted(before - after):
-        yield f"the head has no run on {key[0]}, {key[1]}"
-    known = {_key(run): run.gpu for run in base.runs}
-    for run in head.runs:
-        gpu = known.get(_key(run))
-        if gpu is not None and (gpu.memory_bandwidth, gpu.matmul_peaks) != (
-            run.gpu.memory_bandwidth,
-            run.gpu.matmul_peaks,
-        ):
-            yield f"the figures of {run.gpu.key} differ between the two"
+    for title in sorted(after.keys() - before.keys()):
+        yield f"the base has no run on {title}"
+    for title in sorted(before.keys() - after.keys()):
+        yield f"the head has no run on {title}"
+    for title in sorted(before.keys() & after.keys()):
+        was, now = before[title], after[title]
+        if _figures(was.gpu) != _figures(now.gpu):
+            yield f"the figures of {now.gpu.key} differ between the two"
+        if _asked(was.scenario) != _asked(now.scenario):
+            yield f"the scenarios of {title} differ: they do not do the same work"
     for failure in base.failures:
         yield f"the base's {failure.phase} was not analysed: {failure.message}"
+
+
+def _figures(gpu: GpuInfo) -> tuple[float, dict[str, float], int]:
+    return gpu.memory_bandwidth, gpu.matmul_peaks, gpu.cache_bytes
+
+
+def _asked(scenario: Scenario) -> Scenario:
+    return replace(scenario, lengths_given=False)

@@ -4,7 +4,7 @@ A target's code runs in a box, see `box.py`; its graphs come back and are priced
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..hardware.catalog import CATALOG_VERSION, Resolved
@@ -20,7 +20,7 @@ from .garbage import without_collection
 from .graph import Graph, Role
 from .handover import Again, Collected, Frame, Question, collect
 from .memory import BLOCK, memory
-from .report import GpuInfo, Report, Run, Traced, fxroof_version
+from .report import GpuInfo, Report, Run, Traced, fxroof_version, merged
 from .request import Request
 from .review import LEAST_SAVING, RuleFailure, Selection, load_rules, review, selected
 from .rewrite import Flow
@@ -172,16 +172,6 @@ def reprice(
         _priced(Collected(traced=traced, torch_version=report.torch_version), resolved, asked, _silent)
         for traced in report.traces
     )
-
-
-def merged(reports: Iterable[Report]) -> Report:
-    """Reports of several models or scenarios as one: those of the same fxroof, torch and catalogue."""
-    first, *others = reports
-    traces, runs = list(first.traces), list(first.runs)
-    for report in others:
-        runs += [replace(run, traced=run.traced + len(traces)) for run in report.runs]
-        traces += report.traces
-    return replace(first, traces=tuple(traces), runs=tuple(runs))
 
 
 @dataclass(frozen=True, slots=True)

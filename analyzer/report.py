@@ -5,6 +5,7 @@
 """
 
 import html
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,13 @@ from .errors import ReportFileError
 from .estimate import Derated
 from .finding import Finding, Step
 from .graph import Graph
+from .limits import Verdict
 from .memory import CacheGrowth, Memory
 from .review import RuleFailure
 from .scenario import Scenario
 from .serving import Serving
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,7 @@ class Report:
         catalog_version: of the GPU figures.
         traces: each model in each scenario that was asked for; one unless a project's settings name several.
         runs: each of those on each GPU.
+        verdicts: what became of the project's budgets.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -153,6 +156,7 @@ class Report:
     catalog_version: str
     traces: tuple[Traced, ...]
     runs: tuple[Run, ...]
+    verdicts: tuple[Verdict, ...] = ()
 
     @property
     def model(self) -> ModelInfo:
@@ -175,11 +179,13 @@ class Report:
 
     def distinct(self, traced: int) -> tuple[str, ...]:
         """The names of a model and its scenario, so far as they tell it from the others of the report."""
+        model, scenario = self.traces[traced].model, self.traces[traced].scenario
         found = []
-        if len({other.model.name for other in self.traces}) > 1:
-            found.append(self.traces[traced].model.name)
+        if len({other.model.source for other in self.traces}) > 1:
+            alike = {other.model.source for other in self.traces if other.model.name == model.name}
+            found.append(model.name if len(alike) == 1 else model.source)
         if len({other.scenario.name for other in self.traces}) > 1:
-            found.append(self.traces[traced].scenario.name)
+            found.append(scenario.name)
         return tuple(found)
 
     def title(self, run: Run) -> str:
@@ -203,6 +209,17 @@ class Report:
 def _short(seconds: float) -> str:
     unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     return f"{seconds * factor:.3g} {unit}"
+
+
+def merged(reports: Iterable[Report]) -> Report:
+    """Reports of several models or scenarios as one, in the order given; versions are the first's."""
+    first, *others = reports
+    traces, runs = list(first.traces), list(first.runs)
+    for report in others:
+        runs += [replace(run, traced=run.traced + len(traces)) for run in report.runs]
+        traces += report.traces
+    verdicts = (*first.verdicts, *(verdict for report in others for verdict in report.verdicts))
+    return replace(first, traces=tuple(traces), runs=tuple(runs), verdicts=verdicts)
 
 
 def fxroof_version() -> str:

@@ -32,10 +32,10 @@ def markdown(diff: Diff) -> str:
     lines += [f"- {text(reason)}" for reason in diff.failing]
     lines += ["", "| run | phase | bound | estimate | change |", "|---|---|---:|---:|---:|"]
     for phase in diff.phases:
-        lines.append(f"| {' | '.join((code(shortened(_run(phase), _NAME)), *map(text, _times(phase))))} |")
+        lines.append(f"| {' | '.join((code(shortened(phase.run, _NAME)), *map(text, _times(phase))))} |")
     for phase in diff.phases:
         if phase.modules:
-            name = text(f"{_run(phase)} {phase.phase}: what moved")
+            name = text(f"{phase.run} {phase.phase}: what moved")
             lines += ["", f"<details><summary>{name}</summary>", "", "| module | estimate | why |", "|---|---:|---|"]
             for module in phase.modules[:_MOST]:
                 cells = (code(shortened(_module(module), _NAME)), text(_moved(module)), text(_why(module)))
@@ -61,7 +61,7 @@ def verdict(diff: Diff) -> str:
     said = "no phase takes longer or shorter"
     if largest is not None and largest[0] > _SAME:
         phase = largest[1]
-        said = f"{phase.phase} {_signed_percent(phase.change or 0.0)} on {_run(phase)}"
+        said = f"{phase.phase} {_signed_percent(phase.change or 0.0)} on {phase.run}"
     count = len(diff.failing)
     return f"{'fails' if count else 'passes'}: {said}" + (f"; {count} reason{'s' * (count > 1)} to fail" * bool(count))
 
@@ -74,7 +74,7 @@ def _lines(diff: Diff, options: Options) -> Iterator[Text]:
     yield Text(clean(verdict(diff)), style="bold red" if diff.failing else "bold green")
     yield from bullets(map(clean, diff.failing), width)
     yield Text()
-    cells = [(_run(phase), *_times(phase)) for phase in diff.phases]
+    cells = [(phase.run, *_times(phase)) for phase in diff.phases]
     headers = ("run", "phase", "bound", "estimate", "change")
     columns = [
         Column(header=name, cells=[clean(row[i]) for row in cells], right=i > 1) for i, name in enumerate(headers)
@@ -89,7 +89,7 @@ def _lines(diff: Diff, options: Options) -> Iterator[Text]:
             yield Text()
             yield title(heading, width)
             yield from bullets((clean(_finding(change)) for change in changes), width)
-    if any(v.kept is not None or not v.budget.relative for v in diff.verdicts):
+    if any(v.kept is not None or not v.budget.needs_base for v in diff.verdicts):
         yield Text()
         yield title("budgets", width)
         yield from bullets((clean(_budget(v)) for v in diff.verdicts if v.value is not None), width)
@@ -98,7 +98,7 @@ def _lines(diff: Diff, options: Options) -> Iterator[Text]:
 
 
 def _what_moved(phase: PhaseChange, options: Options) -> Iterator[Text]:
-    yield title(f"{clean(_run(phase))} {clean(phase.phase)}: what moved", options.width)
+    yield title(f"{clean(phase.run)} {clean(phase.phase)}: what moved", options.width)
     shown = phase.modules[: options.top]
     columns = [
         Column(header="module", cells=[clean(_module(m)) for m in shown], least=12, keep="end"),
@@ -108,11 +108,6 @@ def _what_moved(phase: PhaseChange, options: Options) -> Iterator[Text]:
     yield from table(columns, options.width)
     if len(phase.modules) > len(shown):
         yield Text(f"  and {len(phase.modules) - len(shown):,} more modules", style="dim")
-
-
-def _run(change: PhaseChange | FindingChange | Verdict) -> str:
-    scenario = "" if change.scenario == "default" else f"{change.scenario} "
-    return f"{scenario}{change.gpu}"
 
 
 def _times(phase: PhaseChange) -> Sequence[str]:
@@ -167,13 +162,13 @@ def _signed_percent(share: float) -> str:
 def _finding(change: FindingChange) -> str:
     found = change.finding
     place = f"{found.file}:{found.line}" if found.file else "the whole phase"
-    return f"{found.severity.value} {found.code} {found.name} at {place} on {_run(change)}: {found.message}"
+    return f"{found.severity.value} {found.code} {found.name} at {place} on {change.run}: {found.message}"
 
 
 def _budget(verdict: Verdict) -> str:
     state = {True: "kept", False: "EXCEEDED", None: f"not judged: {verdict.why}"}[verdict.kept]
     shown = "" if verdict.value is None else f" is {_amount(verdict.value, verdict.unit)}"
-    return f"{_run(verdict)} {verdict.budget.metric}{shown}, limit {verdict.budget.text}: {state}"
+    return f"{verdict.run} {verdict.budget.metric}{shown}, limit {verdict.budget.text}: {state}"
 
 
 def _amount(value: float, unit: str) -> str:

@@ -297,7 +297,7 @@ def test_a_file_that_gives_no_model_exits_2(content, message, tmp_path):
     ("content", "message"),
     [
         ('{"schema_version": 99, "runs": []}', "schema version 99"),
-        ('{"schema_version": 3, "runs": []}', "damaged report"),
+        ('{"schema_version": 4, "runs": []}', "damaged report"),
         ('{"schema_version": 1}', "not an fxroof report"),
     ],
 )
@@ -402,7 +402,7 @@ def test_by_top_and_format_apply_to_saved_reports(sample_file):
     assert "5 operators" not in fxroof("analyze", sample_file).stdout
     assert "2 operators" in fxroof("analyze", sample_file, "--by", "module").stdout
     assert " other ops" in fxroof("analyze", sample_file, "--top", "2").stdout
-    assert json.loads(fxroof("analyze", sample_file, "-f", "json").stdout)["schema_version"] == 3
+    assert json.loads(fxroof("analyze", sample_file, "-f", "json").stdout)["schema_version"] == 4
 
 
 def test_several_formats_at_once_each_with_its_file(sample_file, tmp_path):
