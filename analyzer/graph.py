@@ -133,6 +133,21 @@ Scalar = None | bool | int | float | str
 Arg = Scalar | TensorRef | tuple[Scalar | TensorRef, ...]
 
 
+def tensor_of(value: Arg) -> int | None:
+    """The tensor that an argument is; None where it is none, or several."""
+    return value.tensor if isinstance(value, TensorRef) else None
+
+
+def tensors_of(value: Arg) -> Iterator[int]:
+    """The tensors of an argument: itself, or those of a list."""
+    if isinstance(value, TensorRef):
+        yield value.tensor
+    elif isinstance(value, tuple):
+        for item in value:
+            if isinstance(item, TensorRef):
+                yield item.tensor
+
+
 @dataclass(frozen=True, kw_only=True)  # without slots, so that `inputs` is found once
 class Op:
     """One call in the traced program.
@@ -169,7 +184,7 @@ class Op:
     @functools.cached_property
     def inputs(self) -> tuple[int, ...]:
         """Indices of the tensors it takes, in argument order, each once."""
-        return tuple(dict.fromkeys(index for value in self.args.values() for index in _refs(value)))
+        return tuple(dict.fromkeys(index for value in self.args.values() for index in tensors_of(value)))
 
     @property
     def anchor(self) -> Span | None:
@@ -251,7 +266,7 @@ class Graph:
         """Tensors the op writes into."""
         if not op.mutates:
             return ()
-        return tuple(dict.fromkeys(i for name in op.mutates for i in _refs(op.args.get(name))))
+        return tuple(dict.fromkeys(i for name in op.mutates for i in tensors_of(op.args.get(name))))
 
     def is_view(self, op: Op) -> bool:
         """True when the op moves no data: it writes nothing and all it returns lives where its inputs live."""
@@ -299,7 +314,7 @@ def needed(
     live = [False] * len(ops)
     for index in range(len(ops) - 1, -1, -1):
         op = ops[index]
-        touched = {tensors[i].storage for name in op.mutates for i in _refs(op.args.get(name))}
+        touched = {tensors[i].storage for name in op.mutates for i in tensors_of(op.args.get(name))}
         made = {tensors[i].storage for i in op.outputs}
         live[index] = (
             not made.isdisjoint(wanted)
@@ -347,12 +362,3 @@ def dataflow(graph: Graph) -> "nx.DiGraph[int]":
             for tensor in (*op.outputs, *graph.mutated(op)):
                 writer[graph.tensors[tensor].storage] = index
     return digraph
-
-
-def _refs(value: Arg) -> Iterator[int]:
-    if isinstance(value, TensorRef):
-        yield value.tensor
-    elif isinstance(value, tuple):
-        for item in value:
-            if isinstance(item, TensorRef):
-                yield item.tensor

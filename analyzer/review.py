@@ -14,8 +14,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
+from math import isfinite
 from pathlib import Path
 
 from .. import rules as own_rules
@@ -28,7 +29,7 @@ from .savings import Change, Repricer, Seconds
 from .suppressions import Suppressions
 
 LEAST_SAVING = 0.01
-"""Share of a phase's estimate below which a finding is not worth its line."""
+"""Share of a phase's estimate below which a finding is not worth its line, and a loss is not noticed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +168,7 @@ def review(
     Args:
         situations: by phase.
         rules: those that were selected.
-        least_saving: share of a phase's estimate that a finding has to save in one phase at least.
+        least_saving: share of a phase's estimate, or of its bound, that a finding has to save in one phase at least.
         suppressions: comments in the user's code; what they name is listed and not counted.
         modules: as in `Selection`.
     """
@@ -220,7 +221,7 @@ def _grouped(
         elsewhere = [pattern for pattern, item in modules if _named(rule, item)]
         for name, situation in situations.items():
             try:
-                matches = list(rule.check(situation))
+                matches = [_usable(match, situation) for match in rule.check(situation)]
             except Exception as error:  # a rule of others may raise anything
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 message = f"{type(error).__name__}: {error} ({rule.origin}, line {where.lineno})"
@@ -238,6 +239,28 @@ def _grouped(
                 group = groups.setdefault((rule.code, *line), _Group(rule, reason))
                 group.matches.setdefault(name, []).append(match)
     return tuple(groups.values())
+
+
+def _usable(match: Match, situation: Situation) -> Match:
+    """A match as reports can hold it: the rules of others may say anything.
+
+    Raises:
+        ValueError: it is about no op, or saves no number of seconds.
+    """
+    if match.op is not None and not 0 <= match.op < len(situation.graph.ops):
+        raise ValueError(f"there is no op {match.op}")
+    for stated in (match.saving, *match.alternatives.values()):
+        if isinstance(stated, tuple) and not all(map(isfinite, stated)):
+            raise ValueError(f"a saving of {stated}")
+    if all(_is_figure(value) for value in match.evidence.values()):
+        return match
+    return replace(match, evidence={n: v if _is_figure(v) else f"{v}" for n, v in match.evidence.items()})
+
+
+def _is_figure(value: object) -> bool:
+    if isinstance(value, int | float):
+        return abs(value) <= sys.float_info.max  # JSON has no infinity, and what is no number is not smaller either
+    return isinstance(value, str)
 
 
 def _lies_in(situation: Situation, match: Match, patterns: Iterable[str]) -> bool:
@@ -282,11 +305,15 @@ def _changes(matches: Iterable[Match]) -> list[Change]:
 def _is_worth_its_line(group: _Group, situations: Mapping[str, Situation], least: float) -> bool:
     if any(match.always for matches in group.matches.values() for match in matches):
         return True
-    return any(
-        saving.estimate >= least * situations[name].analysis.seconds.estimate
-        or saving.bound >= least * situations[name].analysis.seconds.bound
-        for name, saving in group.savings.items()
-    )
+    return any(_is_enough(saving, situations[name], least) for name, saving in group.savings.items())
+
+
+def _is_enough(saving: Seconds, situation: Situation, least: float) -> bool:
+    """Whether the estimate says so, or the bound does and the estimate gets no noticeably longer."""
+    times = situation.analysis.seconds
+    if saving.estimate >= least * times.estimate:
+        return True
+    return saving.bound >= least * times.bound and saving.estimate > -LEAST_SAVING * times.estimate
 
 
 def _finding(group: _Group, situations: Mapping[str, Situation]) -> Finding:
@@ -346,7 +373,7 @@ def folded(modules: Sequence[str]) -> str:
     """One path for paths of modules: numbers that differ become `*`; of paths that differ in words, all."""
     by_words: dict[str, list[str]] = {}
     for module in modules:
-        by_words.setdefault(_NUMBER.sub("*", module), []).append(module)
+        by_words.setdefault(_NUMBER.sub("0", module), []).append(module)
     return ", ".join(map(_one_path, by_words.values()))
 
 

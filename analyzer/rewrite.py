@@ -12,7 +12,20 @@ from math import prod
 
 from .cost import operator_name
 from .errors import FxroofError
-from .graph import ITEM_BITS, Arg, Graph, Op, Role, Storage, Tensor, TensorRef, is_assertion, is_read_back, needed
+from .graph import (
+    ITEM_BITS,
+    Arg,
+    Graph,
+    Op,
+    Role,
+    Storage,
+    Tensor,
+    TensorRef,
+    is_assertion,
+    is_read_back,
+    needed,
+    tensor_of,
+)
 from .repetition import Part
 from .sdpa import Attention, dense_stride, traced_output_stride
 
@@ -204,7 +217,7 @@ class Draft:
         """The op on the tensors that took the place of its own; its results move where layout makes them."""
         if moved.keys().isdisjoint(op.inputs):
             return op
-        args = {name: _with(value, moved) for name, value in op.args.items()}
+        args = {name: on(value, moved) for name, value in op.args.items()}
         changed = replace(op, args=args)
         if op.mutates:
             return replace(changed, outputs=tuple([moved.get(tensor, tensor) for tensor in op.outputs]))
@@ -233,7 +246,7 @@ class Draft:
                 return (self._made_like(op.outputs[0], dense_stride(source.shape, source.stride)),)
         if operator == "aten.scaled_dot_product_attention":
             made = self.tensors[op.outputs[0]]
-            stride = attended_stride(replace(op, args={n: _with(v, moved) for n, v in op.args.items()}), self.tensors)
+            stride = attended_stride(replace(op, args={n: on(v, moved) for n, v in op.args.items()}), self.tensors)
             return op.outputs if stride in (None, made.stride) else (self._made_like(op.outputs[0], stride),)
         return self._same_or_refuse(op)
 
@@ -269,11 +282,11 @@ class Draft:
             self.storages[new] = replace(self.storages[new], role=self.storages[old].role)
 
 
-def attended_stride(op: Op, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+def attended_stride(op: Op, tensors: Sequence[Tensor] | Mapping[int, Tensor]) -> tuple[int, ...] | None:
     """Strides of what attention returns, which follow its query's; None where they are not known."""
     query, key, value, mask = (
-        tensors[given.tensor] if isinstance(given, TensorRef) else None
-        for given in (op.args.get(name) for name in ("query", "key", "value", "attn_mask"))
+        tensors[given] if given is not None else None
+        for given in (tensor_of(op.args.get(name)) for name in ("query", "key", "value", "attn_mask"))
     )
     if query is None or key is None or value is None or len(query.shape) != _HEADED:
         return None
@@ -376,25 +389,25 @@ def _order_of_move(source: Arg, destination: Arg, rank: int) -> tuple[int, ...] 
     return tuple([moved[d] if d in moved else next(left) for d in range(rank)])
 
 
-def _regrouped(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout | None:  # noqa: ARG001  # one signature
+def _regrouped(source: Tensor, _old: Tensor, made: Tensor, _op: Op) -> Layout | None:
     stride = reshaped(source, made.shape)
     return None if stride is None else (made.shape, stride, 0)
 
 
-def _dense(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout | None:  # noqa: ARG001
+def _dense(source: Tensor, _old: Tensor, _made: Tensor, _op: Op) -> Layout | None:
     real = [(size, step) for size, step in zip(source.shape, source.stride, strict=True) if size != 1]
     packed = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(real))
     return (source.shape, source.stride, 0) if packed and (not real or real[-1][1] == 1) else None
 
 
-def _reordered(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout | None:  # noqa: ARG001
+def _reordered(source: Tensor, _old: Tensor, _made: Tensor, op: Op) -> Layout | None:
     order = order_of(op, len(source.shape))
     if order is None:
         raise RewriteError(f"The rewrite cannot follow the view that {op.name} ({op.target}) makes.")
     return tuple(source.shape[d] for d in order), tuple(source.stride[d] for d in order), 0
 
 
-def _expanded(source: Tensor, old: Tensor, made: Tensor, op: Op) -> Layout:  # noqa: ARG001
+def _expanded(source: Tensor, _old: Tensor, made: Tensor, _op: Op) -> Layout:
     missing = len(made.shape) - len(source.shape)
     given = zip((1,) * missing + source.shape, (0,) * missing + source.stride, made.shape, strict=True)
     return made.shape, tuple(0 if size == 1 != wanted else step for size, step, wanted in given), 0
@@ -477,7 +490,8 @@ def relaid(op: Op, source: Tensor, old: Tensor, made: Tensor) -> Layout | None:
     return relayout(source, old, made, op)
 
 
-def _with(value: Arg, moved: Mapping[int, int]) -> Arg:
+def on(value: Arg, moved: Mapping[int, int]) -> Arg:
+    """An argument on the tensors that took the place of its own."""
     if isinstance(value, TensorRef):
         return TensorRef(tensor=moved.get(value.tensor, value.tensor))
     if isinstance(value, tuple):

@@ -239,7 +239,7 @@ class _Builder:
         """Write down the ops that a call makes: under torch.vmap, those of the batching rule on whole batches."""
         builder = self
 
-        class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 result = func(*args, **(kwargs or {}))
                 builder.alive.append(result)
@@ -247,7 +247,7 @@ class _Builder:
                 return result
 
         try:
-            with Below():  # type: ignore[no-untyped-call]
+            with Below():  # type: ignore[no-untyped-call]  # torch leaves it so
                 return target(*args, **_meta_device(kwargs))
         except Exception as error:
             raise TraceError(
@@ -379,7 +379,7 @@ class _Builder:
     ) -> Any:
         """One kernel; `score_mod` runs in it for every pair that the mask leaves."""
         name, length = self._name(node), (query.shape[-2], key.shape[-2])
-        mask_nodes: Any = (*node.args[4][:-1], block_mask[-1])  # type: ignore[index, misc]
+        mask_nodes: Any = (*node.args[4][:-1], block_mask[-1])  # type: ignore[index, misc]  # one of many kinds of argument
         captured: Any = node.args[8] if len(node.args) > 8 else ()
         seen = sparsity(mask_nodes, captured, *length, self.constants)
         left = seen or Sparsity(1, 1)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Situation
-from ..analyzer.graph import Arg, Graph, Op, Role, Tensor, TensorRef
+from ..analyzer.graph import Arg, Graph, Op, Role, Tensor, TensorRef, tensor_of, tensors_of
 from ..analyzer.rewrite import order_of
 from ..analyzer.sdpa import Attention, Backend, choose_backend
 from ._masks import (
@@ -434,8 +434,7 @@ class Finder:
 
     def _letters(self, op: Op) -> tuple[tuple[str, set[str]], tuple[str, set[str]], str, tuple[int, int]]:
         """Letters of both operands and of the result, `...` spelt out; letters that an operand has twice."""
-        equation, given = op.args.get("equation"), op.args.get("tensors")
-        tensors = [v.tensor for v in given if isinstance(v, TensorRef)] if isinstance(given, tuple) else []
+        equation, tensors = op.args.get("equation"), tuple(tensors_of(op.args.get("tensors")))
         if not isinstance(equation, str) or len(tensors) != _MATRIX or "->" not in equation:
             raise _NoMatchError
         left, result = equation.replace(" ", "").split("->")
@@ -678,7 +677,7 @@ def _first(op: Op) -> int:
 
 
 def _tensor(op: Op, name: str) -> int:
-    value = op.args.get(name)
-    if not isinstance(value, TensorRef):
+    tensor = tensor_of(op.args.get(name))
+    if tensor is None:
         raise _NoMatchError
-    return value.tensor
+    return tensor

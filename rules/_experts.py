@@ -9,8 +9,9 @@ from math import inf, nan, prod
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Situation
-from ..analyzer.graph import Arg, Op, Role, TensorRef
+from ..analyzer.graph import Arg, Op, Role, TensorRef, tensor_of
 from ..analyzer.rewrite import is_elementwise
+from ._masks import HIDDEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,14 +124,14 @@ class _Router:
         if of is choice:
             if name in ("aten.eq", "aten.one_hot"):
                 return zero
-            if name in ("aten.scatter", "aten.scatter_add") and _tensor(op.args.get("index")) == tensor:
+            if name in ("aten.scatter", "aten.scatter_add") and tensor_of(op.args.get("index")) == tensor:
                 return {0.0: zero, -inf: hidden}.get(self._filled(op.args.get("self")))
             return None
         if of is hidden:
             return zero if name in ("aten.softmax", "aten.sigmoid") else None
-        if name == "aten.where" and _tensor(op.args.get("condition")) == tensor:
+        if name == "aten.where" and tensor_of(op.args.get("condition")) == tensor:
             return {0.0: zero, -inf: hidden}.get(self._filled(op.args.get("other")))
-        if name == "aten.div" and _tensor(op.args.get("self")) != tensor:
+        if name == "aten.div" and tensor_of(op.args.get("self")) != tensor:
             return None
         return zero if name in ("aten.mul", "aten.div", "aten.sum", "aten.any") else None
 
@@ -146,7 +147,7 @@ class _Router:
                 return 0.0
             value = op.args.get("fill_value", op.args.get("s")) if name in _FILLED else None
         number = float(value) if isinstance(value, int | float) or value in ("-inf", "inf") else nan
-        return -inf if number < _AS_GOOD_AS_INFINITE else number
+        return -inf if number <= HIDDEN else number
 
     def _is_computed(self, tensor: int) -> bool:
         """Whether a tensor has rows of something else than choices."""
@@ -186,8 +187,8 @@ class _Router:
         for place, index in enumerate(lists[0]):
             if operator_name(self.graph.ops[index].target) == "aten.linear":
                 calls = [self.graph.ops[ops[place]].args for ops in lists]
-                weights = [_tensor(args["weight"]) for args in calls]
-                biases = [_tensor(args.get("bias")) for args in calls]
+                weights = [tensor_of(args["weight"]) for args in calls]
+                biases = [tensor_of(args.get("bias")) for args in calls]
                 products[index] = Product(
                     weights=tuple([w for w in weights if w is not None]),
                     biases=tuple([b for b in biases if b is not None]),
@@ -274,10 +275,10 @@ class _Router:
             return False
         name = operator_name(op.target)
         if name == "aten.linear":
-            weight = _tensor(op.args["weight"])
+            weight = tensor_of(op.args["weight"])
             return weight is not None and self.graph.role(weight) is Role.WEIGHT
         if name == "aten.bmm":
-            weight = _tensor(op.args["mat2"])
+            weight = tensor_of(op.args["mat2"])
             return weight is not None and self.graph.role(weight) is Role.WEIGHT
         if name in _PARTS:
             rank = len(self.graph.tensors[op.inputs[0]].shape)
@@ -335,7 +336,7 @@ class _Router:
     def _is_over_all(self, op: Op) -> bool:
         if operator_name(op.target) != "aten.bmm":
             return False
-        rows, weight = (_tensor(op.args[name]) for name in ("self", "mat2"))
+        rows, weight = (tensor_of(op.args[name]) for name in ("self", "mat2"))
         if rows is None or weight is None or self.graph.role(weight) is not Role.WEIGHT:
             return False
         return self.graph.tensors[rows].shape[:2] == (self.experts, self.tokens)
@@ -478,7 +479,6 @@ _LONGEST = 40
 _PARTS = ("aten.chunk", "aten.split", "aten.split_with_sizes", "aten.slice", "aten.narrow", "aten.tensor_split")
 _ZEROS = ("aten.zeros", "aten.zeros_like", "aten.new_zeros")
 _FILLED = ("aten.full", "aten.full_like", "aten.new_full", "aten.scalar_tensor")
-_AS_GOOD_AS_INFINITE = -1e4
 _VIEWS = (
     "view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "t", "expand", "select", "slice", "unbind",
     "chunk", "split", "flatten", "contiguous", "clone", "to", "type_as",
@@ -491,7 +491,3 @@ _ZERO_AT_ZERO = frozenset(
     f"aten.{name}"
     for name in ("silu", "gelu", "relu", "relu6", "tanh", "neg", "abs", "square", "to", "type_as", "clone")
 )
-
-
-def _tensor(value: Arg) -> int | None:
-    return value.tensor if isinstance(value, TensorRef) else None

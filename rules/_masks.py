@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..analyzer.cost import operator_name
-from ..analyzer.graph import Arg, Graph, Op, TensorRef
+from ..analyzer.graph import Arg, Graph, Op, TensorRef, tensors_of
 from ..analyzer.rewrite import Flow, order_of
 
 HIDDEN = -1e4
@@ -235,13 +235,13 @@ def _pairs(one: list[Piece], other: list[Piece]) -> list[tuple[int, int, Affine,
 
 
 def _filled(name: str | None, default: float = 0) -> _Read:
-    def read(reader: Reader, op: Op, at: tuple[Coordinate, ...], before: int) -> list[Piece]:  # noqa: ARG001
+    def read(reader: Reader, op: Op, _at: tuple[Coordinate, ...], _before: int) -> list[Piece]:
         return reader.constant(default if name is None else _number(op.args.get(name)))
 
     return read
 
 
-def _arange(reader: Reader, op: Op, at: tuple[Coordinate, ...], before: int) -> list[Piece]:  # noqa: ARG001
+def _arange(reader: Reader, op: Op, at: tuple[Coordinate, ...], _before: int) -> list[Piece]:
     start, step = (_number(op.args.get(name, default)) for name, default in (("start", 0), ("step", 1)))
     place = reader.along(at[0])
     value = Affine(start + step * place.constant, step * place.query, step * place.key)
@@ -296,7 +296,7 @@ def _plus(one: Affine, other: Affine, alpha: float) -> Affine:
     return Affine(one.constant + alpha * other.constant, one.query + alpha * other.query, one.key + alpha * other.key)
 
 
-def _times(one: Affine, other: Affine, alpha: float = 1) -> Affine:  # noqa: ARG001
+def _times(one: Affine, other: Affine) -> Affine:
     if not one.fixed:
         one, other = other, one
     if not one.fixed:
@@ -307,7 +307,7 @@ def _times(one: Affine, other: Affine, alpha: float = 1) -> Affine:  # noqa: ARG
     return Affine(factor * other.constant, factor * other.query, factor * other.key)
 
 
-def _over(one: Affine, other: Affine, alpha: float = 1) -> Affine:  # noqa: ARG001
+def _over(one: Affine, other: Affine) -> Affine:
     if not other.fixed or other.constant == 0:
         raise UnknownError
     return _times(one, Affine(1 / other.constant))
@@ -493,12 +493,11 @@ def _source(op: Op) -> int:
 
 def _concatenated(reader: Reader, op: Op, at: tuple[Coordinate, ...], before: int) -> list[Piece]:
     """Parts side by side; those without elements play no part."""
-    given = op.args.get("tensors")
     across = min(1, len(at) - 1) if operator_name(op.target) == "aten.hstack" else 0
     dim = int(_number(op.args.get("dim", across))) % len(at)
     pieces = reader.constant(math.nan)
     start = 0
-    for part in (v.tensor for v in (given if isinstance(given, tuple) else ()) if isinstance(v, TensorRef)):
+    for part in tensors_of(op.args.get("tensors")):
         size = reader.graph.tensors[part].shape[dim]
         if size:
             inside = reader.read(part, _moved(at, dim, -start), before)
@@ -536,8 +535,8 @@ _READ: dict[str, _Read] = {
     "aten.add": _arithmetic(_plus),
     "aten.sub": _arithmetic(lambda one, other, alpha: _plus(one, other, -alpha)),
     "aten.rsub": _arithmetic(lambda one, other, alpha: _plus(other, one, -alpha)),
-    "aten.mul": _arithmetic(_times),
-    "aten.div": _arithmetic(_over),
+    "aten.mul": _arithmetic(lambda one, other, _: _times(one, other)),
+    "aten.div": _arithmetic(lambda one, other, _: _over(one, other)),
     "aten.neg": _negated,
     "aten.sqrt": _root(0.5),
     "aten.rsqrt": _root(-0.5),

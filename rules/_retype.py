@@ -6,14 +6,14 @@ what is wide for the way back; but a cast was none where nothing is computed wit
 meet operands of both types.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Rewrite
-from ..analyzer.graph import ITEM_BITS, Arg, Graph, Op, Role, Span, Tensor, TensorRef
-from ..analyzer.rewrite import Draft
-from ..analyzer.sdpa import Attention, dense_stride, is_fused_somewhere, traced_output_stride
+from ..analyzer.graph import ITEM_BITS, Arg, Graph, Op, Role, Span, Tensor, TensorRef, tensors_of
+from ..analyzer.rewrite import Draft, attended_stride, on
+from ..analyzer.sdpa import dense_stride
 
 
 def cast_throughout(wide: str, narrow: str) -> Rewrite:
@@ -172,7 +172,7 @@ class _Run:
             self.moved[old] = new
 
     def _emit(self, op: Op, seen: Mapping[int, int], outputs: tuple[int, ...]) -> None:
-        args = {name: _on(value, seen) for name, value in op.args.items()}
+        args = {name: on(value, seen) for name, value in op.args.items()}
         self.ops.append(replace(op, args=args, outputs=outputs))
 
     # kinds of ops
@@ -346,25 +346,11 @@ class _Run:
         return self.draft.results(op, changed)
 
     def _attention(self, op: Op, seen: Mapping[int, int]) -> tuple[int, ...]:
-        operands = [op.args.get(name) for name in ("query", "key", "value", "attn_mask")]
-        query, key, value, mask = (
-            self.draft.tensors[seen[o.tensor]] if isinstance(o, TensorRef) else None for o in operands
-        )
         (old,) = op.outputs
-        if query is None or key is None or value is None or len(query.shape) != _BATCHED:
-            return op.outputs
-        dropout = op.args.get("dropout_p")
-        attention = Attention(
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            causal=bool(op.args.get("is_causal")),
-            gqa=bool(op.args.get("enable_gqa")),
-            dropout=dropout if isinstance(dropout, float) else 0.0,
-        )
-        stride = traced_output_stride(attention) if is_fused_somewhere(attention) else self.graph.tensors[old].stride
-        return (old,) if stride == self.graph.tensors[old].stride else (self._new(old, stride, query.dtype),)
+        stride = attended_stride(replace(op, args={n: on(v, seen) for n, v in op.args.items()}), self.draft.tensors)
+        if stride in (None, self.graph.tensors[old].stride):
+            return (old,)
+        return (self._new(old, stride, self.draft.tensors[seen[op.inputs[0]]].dtype),)
 
     # types
 
@@ -401,7 +387,7 @@ class _Run:
 
     def _join(self, op: Op, seen: dict[int, int]) -> None:
         """Operands of a product have one type; where they would not, one is cast, as the program would have to."""
-        operands = [t.tensor for name, value in op.args.items() if name != "attn_mask" for t in _refs(value)]
+        operands = [t for name, value in op.args.items() if name != "attn_mask" for t in tensors_of(value)]
         types = {self.draft.tensors[seen[t]].dtype for t in operands}
         if self.narrow not in types or self.wide not in types:
             return
@@ -463,7 +449,6 @@ class _Run:
 
 
 _SDPA = "aten.scaled_dot_product_attention"
-_BATCHED = 4
 _CASTS = frozenset({"aten.to", "aten._to_copy", "aten.type_as", "aten.float", "aten.type"})
 _PRODUCTS = frozenset(
     f"aten.{name}"
@@ -499,18 +484,3 @@ _EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fn
 
 def _is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
-
-
-def _refs(value: Arg) -> Iterator[TensorRef]:
-    if isinstance(value, TensorRef):
-        yield value
-    elif isinstance(value, tuple):
-        yield from (v for v in value if isinstance(v, TensorRef))
-
-
-def _on(value: Arg, seen: Mapping[int, int]) -> Arg:
-    if isinstance(value, TensorRef):
-        return TensorRef(tensor=seen.get(value.tensor, value.tensor))
-    if isinstance(value, tuple):
-        return tuple(TensorRef(tensor=seen.get(v.tensor, v.tensor)) if isinstance(v, TensorRef) else v for v in value)
-    return value

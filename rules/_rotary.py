@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence, Set
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Situation
-from ..analyzer.graph import Op, Role, Tensor, TensorRef
+from ..analyzer.graph import Op, Role, Tensor, TensorRef, tensors_of
 from . import decomposed_norm, materialized_attention_scores
 
 _CASTS = ("aten.to", "aten._to_copy", "aten.type_as", "aten.float", "aten.half", "aten.bfloat16")
@@ -88,8 +88,7 @@ class _Reader:
     def _of_halves(self, index: int, op: Op) -> set[int]:
         """Ops of `join(a * cos - b * sin, b * cos + a * sin)`."""
         ops = {index}
-        value = op.args.get("tensors")
-        parts = [v.tensor for v in value if isinstance(v, TensorRef)] if isinstance(value, tuple) else []
+        parts = tuple(tensors_of(op.args.get("tensors")))
         if len(parts) != _PAIR:
             raise _NoMatchError
         terms = [self._terms_of(part, ops) for part in parts]
@@ -169,8 +168,7 @@ class _Reader:
         index = self._paid_maker(tensor, set())
         if index is None or operator_name(self.graph.ops[index].target) not in _JOINS:
             return None
-        value = self.graph.ops[index].args.get("tensors")
-        parts = [v.tensor for v in value if isinstance(v, TensorRef)] if isinstance(value, tuple) else []
+        parts = list(tensors_of(self.graph.ops[index].args.get("tensors")))
         return (index, parts) if len(parts) == _PAIR else None
 
     def _are_halves(self, one: int, other: int, whole: int | None) -> bool:

@@ -39,6 +39,7 @@ _REMEDY = Remedy(
 )
 _LEAST_BITS = 16
 _OF_RIDGE = 0.5
+"""Rows an expert, as a share of the ridge, from which arithmetic begins to count beside its weights."""
 
 
 @rule("MOE001", "cold-experts", severity=Severity.INFO)

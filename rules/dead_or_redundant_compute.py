@@ -91,6 +91,7 @@ def _is_a_mere_number(graph: Graph, ops: Iterable[int]) -> bool:
 
 
 _FEW_BYTES = 4096
+"""Below it a kernel costs its launch and nothing else."""
 
 
 def _repeated(situation: Situation) -> Iterator[Match]:

@@ -33,8 +33,11 @@ from ..analyzer.savings import Seconds, timed
 
 _DRAFTS = 4
 _ACCEPTANCES = (0.7, 0.5, 0.6, 0.8, 0.9)
+"""Shares of drafts that are accepted: that of the finding, then those of the alternatives."""
 _AT_MOST = 1.5
+"""How much longer a step that verifies may take than one that does not."""
 _LARGEST_BATCH = 8
+"""Sequences a step, up to which its arithmetic is sure to leave room for drafts."""
 
 _REMEDY = Remedy(
     text="Draft a few tokens by prompt lookup, extra heads or a small model, and verify them in one step.",

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Match, Remedy, Rewrite, Severity, Situation, rule
-from ..analyzer.graph import ITEM_BITS, Arg, Graph, Op, Role, TensorRef
+from ..analyzer.graph import ITEM_BITS, Arg, Graph, Op, Role, TensorRef, tensor_of
 from ..analyzer.rewrite import Draft, Flow
 from ..analyzer.sdpa import dense_stride
 
@@ -113,7 +113,7 @@ class _Reader:
         if user is None or operator_name(self.graph.ops[user].target) not in wanted:
             return None
         scaled = self.graph.ops[user]
-        operands = {_tensor(scaled.args.get("self")), _tensor(scaled.args.get("other"))}
+        operands = {tensor_of(scaled.args.get("self")), tensor_of(scaled.args.get("other"))}
         # what is scaled may be the tensor before it was widened for the squares: the product widens it too
         if operands not in ({inside, op.outputs[0]}, {self.before_casts(inside)[0], op.outputs[0]}):
             return None
@@ -178,7 +178,7 @@ class _Reader:
 
     def made(self, value: Arg, *operators: str) -> int | None:
         """The op of one of these operators that made a value."""
-        tensor = _tensor(value)
+        tensor = tensor_of(value)
         index = None if tensor is None else self.flow.maker(tensor)
         if index is None or operator_name(self.graph.ops[index].target) not in operators:
             return None
@@ -212,10 +212,10 @@ class _Reader:
         if index is None:
             return None
         op = self.graph.ops[index]
-        base, other = _tensor(op.args.get("self")), op.args.get("other", op.args.get("exponent"))
+        base, other = tensor_of(op.args.get("self")), op.args.get("other", op.args.get("exponent"))
         if base is None:
             return None
-        twice = {"aten.pow": other == _SQUARE, "aten.mul": _tensor(other) == base, "aten.square": True}
+        twice = {"aten.pow": other == _SQUARE, "aten.mul": tensor_of(other) == base, "aten.square": True}
         return (base, index) if twice[operator_name(op.target)] else None
 
     def centre(self, tensor: int) -> tuple[int, int, int] | None:
@@ -225,8 +225,8 @@ class _Reader:
             return None
         op = self.graph.ops[index]
         mean = self.mean(op.args.get("other"))
-        base = _tensor(op.args.get("self"))
-        if mean is None or base is None or _tensor(self.graph.ops[mean].args.get("self")) != base:
+        base = tensor_of(op.args.get("self"))
+        if mean is None or base is None or tensor_of(self.graph.ops[mean].args.get("self")) != base:
             return None
         return base, index, mean
 
@@ -277,7 +277,7 @@ class _Reader:
 
     def row(self, op: Op, tensor: int) -> int | None:
         """The other operand, where it is one number for each element of the last dimension."""
-        values = [_tensor(op.args.get("self")), _tensor(op.args.get("other"))]
+        values = [tensor_of(op.args.get("self")), tensor_of(op.args.get("other"))]
         others = [v for v in values if v is not None and v != tensor]
         if tensor not in values or len(others) != 1:
             return None
@@ -288,10 +288,6 @@ class _Reader:
 _HALF = 0.5
 _SQUARE = 2
 _CASTS = ("aten.to", "aten._to_copy", "aten.type_as", "aten.float", "aten.type")
-
-
-def _tensor(value: Arg) -> int | None:
-    return value.tensor if isinstance(value, TensorRef) else None
 
 
 def _remedy(situation: Situation, norm: Norm) -> Remedy:
@@ -323,7 +319,7 @@ def _row(reader: _Reader, row: int | None, name: str, cast: str, dtype: str) -> 
     code, wanted = name, reader.dtype(row) != dtype
     shifted = reader.made(TensorRef(tensor=row), "aten.add")
     if shifted is not None:
-        number, base = reader.scalar(shifted), _tensor(reader.operand(shifted))
+        number, base = reader.scalar(shifted), tensor_of(reader.operand(shifted))
         if number is not None and base is not None and not reader.is_computed(base):
             widened = reader.dtype(reader.before_casts(base)[0]) != reader.dtype(row)
             code = f"{number:g} + self.{name}{_to(reader.dtype(row)) if widened else ''}"

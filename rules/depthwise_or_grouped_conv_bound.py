@@ -40,6 +40,7 @@ _REMEDY = Remedy(
     code="from torch.nn.utils.fusion import fuse_conv_bn_eval\nconv = fuse_conv_bn_eval(conv.eval(), bn.eval())",
 )
 _FAR_UNDER = 0.25
+"""Share of the ridge below which only memory counts."""
 _CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten._convolution")
 
 

@@ -31,8 +31,7 @@ from dataclasses import dataclass, replace
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Confidence, Match, Remedy, Rewrite, Severity, Situation, rule
-from ..analyzer.graph import Arg, TensorRef
-from ..analyzer.rewrite import Draft
+from ..analyzer.rewrite import Draft, on
 from . import decomposed_activation, decomposed_norm, materialized_attention_scores
 from ._rotary import rotations
 
@@ -194,10 +193,7 @@ def _uncast(found: Roundtrip) -> Rewrite:
             draft.substitute(narrow, draft.standing_for(source))
             return
         op, down = draft.graph.ops[found.op], draft.graph.ops[found.down]
-        args: dict[str, Arg] = {
-            name: TensorRef(tensor=found.ups.get(value.tensor, value.tensor)) if isinstance(value, TensorRef) else value
-            for name, value in op.args.items()
-        }
+        args = {name: on(value, found.ups) for name, value in op.args.items()}
         draft.replace(found.down, replace(op, args=args, outputs=down.outputs))
 
     return rewrite

@@ -34,6 +34,7 @@ from ._retype import cast_throughout
 
 _WIDE = ("float32", "float64")
 _LEAST_SHARE = 0.5
+"""Of the bytes of weights: below it, a few layers were left wide on purpose."""
 
 
 @rule("WGT002", "float32-weights", severity=Severity.WARNING)

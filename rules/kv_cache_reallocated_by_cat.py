@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Match, Remedy, Rewrite, Severity, Situation, rule
-from ..analyzer.graph import Arg, Op, Role, TensorRef
+from ..analyzer.graph import Arg, Op, Role, TensorRef, tensors_of
 from ..analyzer.rewrite import Draft, contiguous
 
 _REMEDY = Remedy(
@@ -43,8 +43,7 @@ def check(situation: Situation) -> Iterator[Match]:
     for index, op in enumerate(graph.ops):
         if operator_name(op.target) not in ("aten.cat", "aten.concat", "aten.concatenate"):
             continue
-        given = op.args.get("tensors")
-        parts = [v.tensor for v in given if isinstance(v, TensorRef)] if isinstance(given, tuple) else []
+        parts = tuple(tensors_of(op.args.get("tensors")))
         old = [t for t in parts if graph.role(t) is Role.KV_CACHE and t in graph.inputs]
         grown = op.outputs[0]
         if len(old) != 1 or len(parts) != _OLD_AND_NEW or parts[0] != old[0] or grown not in situation.flow.results:

@@ -34,6 +34,7 @@ _REMEDY = Remedy(
     code='step = torch.compile(step, mode="reduce-overhead")',
 )
 _LONGER = 1.2
+"""How much longer launching takes than replaying before it is what sets the pace."""
 
 
 @rule("LCH001", "launch-bound", severity=Severity.WARNING)

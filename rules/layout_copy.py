@@ -28,7 +28,7 @@ from dataclasses import replace
 
 from ..analyzer.cost import Status, operator_name
 from ..analyzer.finding import Match, Remedy, Rewrite, Severity, Situation, rule
-from ..analyzer.graph import Arg, Op, Tensor, TensorRef
+from ..analyzer.graph import Op, Tensor, tensor_of
 from ..analyzer.rewrite import Draft, RewriteError, attended_stride, is_elementwise, relaid
 from ..analyzer.sdpa import dense_stride
 
@@ -137,12 +137,9 @@ class _Followed:
         return self._works(op.outputs[0], replace(made, stride=dense_stride(now.shape, now.stride)), seen)
 
     def _attends(self, op: Op, tensor: int, now: Tensor, seen: set[int]) -> bool:
-        if now.stride[-1] != 1 or _tensor(op.args.get("attn_mask")) == tensor:
+        if now.stride[-1] != 1 or tensor_of(op.args.get("attn_mask")) == tensor:
             return False
-        tensors = {i: self.graph.tensors[i] for i in op.inputs} | {tensor: now}
-        places = {i: place for place, i in enumerate(tensors)}
-        args = {n: TensorRef(tensor=places[v.tensor]) if isinstance(v, TensorRef) else v for n, v in op.args.items()}
-        stride = attended_stride(replace(op, args=args), list(tensors.values()))
+        stride = attended_stride(op, {i: self.graph.tensors[i] for i in op.inputs} | {tensor: now})
         made = self.graph.tensors[op.outputs[0]]
         return stride is None or self._works(op.outputs[0], replace(made, stride=stride), seen)
 
@@ -171,10 +168,6 @@ _ANY_LAYOUT = frozenset(
     )
 )  # fmt: skip
 """Ops that read strides, and whose result has a layout of its own."""
-
-
-def _tensor(value: Arg) -> int | None:
-    return value.tensor if isinstance(value, TensorRef) else None
 
 
 def _uncopied(index: int, source: int, copy: int) -> Rewrite:

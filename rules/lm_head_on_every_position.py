@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Match, Remedy, Rewrite, Severity, Situation, rule
 from ..analyzer.graph import Arg, Graph, Op, Role, Tensor, TensorRef
-from ..analyzer.rewrite import Draft, Flow, contiguous
+from ..analyzer.rewrite import Draft, Flow, contiguous, on
 from ..analyzer.sdpa import dense_stride
 
 _REMEDY = Remedy(
@@ -307,11 +307,7 @@ class _Cutter:
         return self.made[old]
 
     def _on(self, op: Op, made: int) -> Op:
-        args = {
-            name: TensorRef(tensor=self.made.get(value.tensor, value.tensor)) if isinstance(value, TensorRef) else value
-            for name, value in op.args.items()
-        }
-        return replace(op, args=args, outputs=(made,))
+        return replace(op, args={name: on(value, self.made) for name, value in op.args.items()}, outputs=(made,))
 
 
 def _dense(shape: tuple[int, ...], was: Tensor) -> tuple[int, ...]:

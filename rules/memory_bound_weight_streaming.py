@@ -36,6 +36,7 @@ _CONFIGS = {"fp8 weights": "Float8WeightOnlyConfig", "int8 weights": "Int8Weight
 PACKED = "fxroof.linear_packed.default"
 _LEAST_BITS = 16
 _LEAST_SHARE = 0.5
+"""Of the bytes that a product moves: below it, its weight is not what it waits for."""
 
 
 @rule("WGT001", "memory-bound-weight-streaming", severity=Severity.INFO)

@@ -44,6 +44,7 @@ _REMEDY = Remedy(
 _LOADED_AT_ONCE_BITS = 128
 _MANY = 1024
 _MULTIPLE = 64
+"""What `_MANY` outputs or more are rounded up to, as the remedy says; fewer, to the next 16 bytes."""
 
 
 @rule("SHP001", "misaligned-matmul", severity=Severity.WARNING)

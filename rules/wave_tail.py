@@ -46,11 +46,15 @@ from ..analyzer.roofline import Bound, Lanes
 from ..hardware.gpu import Gpu
 
 _OF_SAVING = 0.25
+"""Share of the saving that lies in the products that lose noticeably."""
 _LEAST_LOSS = 0.1
+"""Share of its time that such a product loses."""
 _REACH = 0.25
+"""How far from the present size others are tried, as a share of it."""
 _STEP = 64
 """Tokens between the chunks that are tried; and into how many steps a large batch is divided."""
 _AS_GOOD = 0.01
+"""Share of the time within which the nearest size is preferred to the best."""
 
 
 @rule("SHP002", "wave-tail", severity=Severity.INFO)

@@ -41,7 +41,7 @@ from dataclasses import dataclass, replace
 
 from ..analyzer.cost import operator_name
 from ..analyzer.finding import Confidence, Match, Remedy, Rewrite, Severity, Situation, rule
-from ..analyzer.graph import ITEM_BITS, Arg, Op, Role, TensorRef
+from ..analyzer.graph import ITEM_BITS, Arg, Op, Role, TensorRef, tensors_of
 from ..analyzer.rewrite import Draft
 from ..analyzer.roofline import Bound
 from ..hardware.gpu import Gpu
@@ -50,6 +50,7 @@ from ._call import Writer
 
 _LEAST_BITS = 16
 _LEAST_SHARE = 0.2
+"""Of the bytes that a step moves: below it, the cache is not what it waits for."""
 
 
 @rule("KVC003", "wide-kv-cache", severity=Severity.INFO)
@@ -223,7 +224,7 @@ class _Reader:
     def _brings_rows(self, op: Op, source: str, inside: set[int]) -> bool:
         """True for a write of rows from elsewhere: a `cat` of the old cache and one more, or one into the cache."""
         if source == "tensors":
-            parts = _list(op.args.get("tensors"))
+            parts = tuple(tensors_of(op.args.get("tensors")))
             return len(parts) == _OLD_AND_NEW and parts[0] in inside and parts[1] not in inside
         new = op.args.get(source)
         written = self.graph.mutated(op)
@@ -253,10 +254,6 @@ def _references(op: Op) -> Iterator[tuple[str, int]]:
     for name, value in op.args.items():
         if isinstance(value, TensorRef):
             yield name, value.tensor
-
-
-def _list(value: Arg) -> tuple[int, ...]:
-    return tuple(v.tensor for v in value if isinstance(v, TensorRef)) if isinstance(value, tuple) else ()
 
 
 def _in_memory(situation: Situation, cache: _Cache) -> dict[str, int]:
@@ -304,6 +301,6 @@ def _cast(draft: Draft, index: int, name: str, dtype: str) -> Arg:
     value = draft.graph.ops[index].args[name]
     writer = Writer(draft, index)
     if isinstance(value, tuple):
-        old, new = _list(value)
+        old, new = tensors_of(value)
         return TensorRef(tensor=old), TensorRef(tensor=writer.cast(new, dtype))
     return TensorRef(tensor=writer.cast(value.tensor, dtype)) if isinstance(value, TensorRef) else value

@@ -1,10 +1,13 @@
 """Options and fixtures for all tests."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import TARGETS
+
+gc.set_threshold(300_000, 10, 10)  # graphs live as long as the tests: looking for garbage among them takes a fifth
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,10 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests of one model on one worker (`--dist loadgroup`), which then traces it once."""
     for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        name = parameters.get("name")
-        if isinstance(name, str) and name in TARGETS:
-            item.add_marker(pytest.mark.xdist_group(name))
+        if item.get_closest_marker("xdist_group") is None:
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
+            name = next((value for value in parameters.values() if isinstance(value, str) and value in TARGETS), None)
+            if name is not None:
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from ..finding import Alternative, Finding, Severity, Step
 from ..report import Report, Run
 from . import _units as units
 from ._layout import Column, clean, fact, table, title
+from ._savings import FOR_AS_MANY, Part, reasons, saving
 from .registry import Options
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "blue"}
@@ -67,9 +68,7 @@ def _finding(finding: Finding, run: Run, width: int) -> Iterator[Text]:
     yield from fact("saves", _savings(finding, run), width)
     yield from fact("where", _where(finding), width)
     yield from fact("what", [clean(finding.message)], width)
-    yield from fact(
-        "why", [f"{clean(name).replace('_', ' ')} {_value(name, v)}" for name, v in finding.evidence.items()], width
-    )
+    yield from fact("why", reasons(finding), width)
     yield from fact("remedy", [clean(finding.remedy.text)], width)
     for line in finding.remedy.code.splitlines():
         yield Text(f"           {clean(line)}", style="dim")
@@ -100,42 +99,18 @@ def _savings(finding: Finding, run: Run) -> Iterator[str]:
         if phase.name in finding.saving_seconds:
             yield from _saved(phase, finding.saving_seconds, finding.saving_bound_seconds)
     if finding.saving_per == "token" and finding.saving_seconds:
-        yield "on as many tokens"
+        yield FOR_AS_MANY
 
 
 def _saved(phase: PhaseAnalysis, estimates: Mapping[str, float], bounds: Mapping[str, float]) -> Iterator[str]:
-    estimate, bound = estimates[phase.name], bounds.get(phase.name, 0.0)
-    hidden = phase.execution == "eager" and abs(estimate) < _HIDDEN * bound
-    likely = "nothing while launches set the pace" if hidden else _part(estimate, phase.seconds.estimate)
-    yield f"{clean(phase.name)} {likely}"
-    yield f"of its bound {_part(bound, phase.seconds.bound)}"
+    saved = saving(phase, estimates, bounds)
+    hidden = saved.estimate is None and saved.bound is not None and phase.execution == "eager"
+    yield f"{clean(phase.name)} {_part(saved.estimate)}{' while launches set the pace' if hidden else ''}"
+    yield f"of its bound {_part(saved.bound)}"
 
 
-_HIDDEN = 0.01
-"""Share of what the bound saves below which an eager estimate shows that the host is what is waited for."""
-
-
-def _part(saved: float, whole: float) -> str:
-    if not whole or abs(saved) < _NOTHING * whole:
-        return "nothing"
-    return f"{_signed(saved)} ({units.percent(saved / whole)})"
-
-
-_NOTHING = 1e-9
-
-
-def _signed(seconds: float) -> str:
-    return units.seconds(seconds) if seconds >= 0 else f"-{units.seconds(-seconds)}"
-
-
-def _value(name: str, value: str | float) -> str:
-    if isinstance(value, str):
-        return clean(value)
-    if "bytes" in name:
-        return units.byte_count(value)
-    if "seconds" in name:
-        return units.seconds(value)
-    return f"{value:,}" if isinstance(value, int) else units.digits(value, trim=True)
+def _part(part: Part | None) -> str:
+    return "nothing" if part is None else f"{part.seconds} ({part.share})"
 
 
 def _waterfall(name: str, steps: tuple[Step, ...], run: Run, width: int) -> Iterator[Text]:

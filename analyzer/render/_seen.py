@@ -1,7 +1,6 @@
 """Findings for machines and reviewers: each once, however many GPUs show it, with what it saves in one phrase."""
 
 from dataclasses import dataclass, replace
-from math import isfinite
 
 from ..analysis import PhaseAnalysis
 from ..finding import Finding, Severity
@@ -11,6 +10,7 @@ from ..report import Report, Run
 from ..review import RuleFailure
 from . import _units as units
 from ._layout import clean
+from ._savings import FOR_AS_MANY, reasons, saving
 
 SEVERITIES = tuple(Severity)
 """The most severe first."""
@@ -57,7 +57,7 @@ def saves(finding: Finding, run: Run) -> str:
     """What a remedy saves in each phase: `decode 1.20 ms, 12.0%; prefill ...`; empty where it is nothing."""
     parts = list(filter(None, (_saved(phase, finding) for phase in run.phases)))
     if parts and finding.saving_per == "token":
-        parts[-1] += " on as many tokens"
+        parts[-1] += f" {FOR_AS_MANY}"
     return "; ".join(parts)
 
 
@@ -68,7 +68,7 @@ def saves_everywhere(found: Seen) -> str:
         return saves(finding, run)
     parts = [f"on {clean(title)} {text}" for title, run, finding in found.runs if (text := saves(finding, run))]
     left_out = len(parts) - _MOST_GPUS
-    return "; ".join([*parts[:_MOST_GPUS], *([f"more on {left_out} others"] if left_out > 0 else [])])
+    return "; ".join([*parts[:_MOST_GPUS], *([f"more on {_counted(left_out, 'other')}"] if left_out > 0 else [])])
 
 
 _MOST_GPUS = 3
@@ -81,8 +81,7 @@ def in_brackets(saving: str) -> str:
 
 def evidence(finding: Finding) -> str:
     """The numbers that made a rule fire, in words."""
-    shown = (f"{clean(name).replace('_', ' ')} {_value(name, value)}" for name, value in finding.evidence.items())
-    return ", ".join(shown)
+    return ", ".join(reasons(finding))
 
 
 def counts(found: list[Seen]) -> str:
@@ -138,42 +137,11 @@ def _encodable(text: str) -> str:
 
 
 def _saved(phase: PhaseAnalysis, finding: Finding) -> str:
-    estimate = finding.saving_seconds.get(phase.name, 0.0)
-    bound = finding.saving_bound_seconds.get(phase.name, 0.0)
-    name = clean(phase.name)
-    if _is_something(estimate, phase.seconds.estimate) and abs(estimate) >= _HIDDEN * bound:
-        return f"{name} {_signed(estimate)}, {units.percent(estimate / phase.seconds.estimate)}"
-    if _is_something(bound, phase.seconds.bound):
-        part = f"{_signed(bound)}, {units.percent(bound / phase.seconds.bound)}"
-        return f"{name} {part} of its bound alone"
-    return ""
-
-
-_HIDDEN = 0.01
-"""Share of what the bound saves below which the estimate saves nothing: something else is waited for."""
-
-
-def _is_something(saved: float, whole: float) -> bool:
-    return whole > 0 and abs(saved) >= _NOTHING * whole
-
-
-_NOTHING = 1e-6
-
-
-def _signed(seconds: float) -> str:
-    return units.seconds(seconds) if seconds >= 0 else f"-{units.seconds(-seconds)}"
-
-
-def _value(name: str, value: str | float) -> str:
-    if isinstance(value, str):
-        return clean(value)
-    if not isfinite(value):
-        return str(value)
-    if "bytes" in name:
-        return units.byte_count(value)
-    if "seconds" in name:
-        return units.seconds(value)
-    return f"{value:,}" if isinstance(value, int) else units.digits(value, trim=True)
+    saved = saving(phase, finding.saving_seconds, finding.saving_bound_seconds)
+    part = saved.estimate or saved.bound
+    if part is None:
+        return ""
+    return f"{clean(phase.name)} {part.seconds}, {part.share}{' of its bound alone' if saved.estimate is None else ''}"
 
 
 def _counted(n: int, noun: str) -> str:

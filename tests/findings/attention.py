@@ -1,6 +1,9 @@
 """A small decoder whose attention is given as a function, for rules that recognise how it is spelt."""
 
+import functools
+
 import torch
+from findings.situations import graphs_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,13 +30,14 @@ class Layer(nn.Module):
         return x + self.out(self.attend(q, k, v)), (k, v)
 
 
-class Decoder(nn.Module):
-    def __init__(self, attend, kv_heads=HEADS, dtype=torch.bfloat16, layers=2):
+class Stack(nn.Module):
+    """Layers that take a tensor and what they kept in the step before; they return both."""
+
+    def __init__(self, layers, dtype=torch.bfloat16):
         super().__init__()
-        self.embed = nn.Embedding(500, WIDTH)
-        self.layers = nn.ModuleList([Layer(attend, kv_heads) for _ in range(layers)])
-        self.head = nn.Linear(WIDTH, 500, bias=False)
-        self.to(dtype)
+        self.embed = nn.Embedding(500, WIDTH, dtype=dtype)
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(WIDTH, 500, bias=False, dtype=dtype)
 
     def forward(self, tokens, cache=None):
         x, new = self.embed(tokens), []
@@ -41,6 +45,19 @@ class Decoder(nn.Module):
             x, kept = layer(x, None if cache is None else cache[i])
             new.append(kept)
         return self.head(x), new
+
+
+class Decoder(Stack):
+    def __init__(self, attend, kv_heads=HEADS, dtype=torch.bfloat16, layers=2):
+        super().__init__([Layer(attend, kv_heads).to(dtype) for _ in range(layers)], dtype)
+
+
+@functools.cache
+def traced_decoder(attend, kv_heads=HEADS, dtype=torch.bfloat16, layers=2):
+    """Its phases, once for all tests of it: twins are the same again and again."""
+    with torch.device("meta"):
+        module = Decoder(attend, kv_heads, dtype, layers)
+    return graphs_of(module)
 
 
 def fused(q, k, v, **kwargs):

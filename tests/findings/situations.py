@@ -1,6 +1,6 @@
 """Phases of small models, ready for rules, and the comparison of a rewritten graph with a hand-remedied twin."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from fxroof.analyzer.graph import Graph
 from fxroof.analyzer.load import from_module
 from fxroof.analyzer.rewrite import Draft, Flow
 from fxroof.analyzer.scenario import Scenario
-from fxroof.analyzer.workload import plan
+from fxroof.analyzer.workload import Program, plan
 from fxroof.hardware.catalog import load
 from support import trace_program
 from torch import nn
@@ -19,11 +19,29 @@ H100 = load("h100_sxm").gpu
 SCENARIO = Scenario(batch_size=2, input_len=512, output_len=64)
 
 
-def graphs_of(module: nn.Module, scenario: Scenario = SCENARIO, inputs: tuple[str, ...] = ()) -> dict[str, Graph]:
-    """The phases of a module, traced."""
+class Phases(Mapping[str, Graph]):
+    """The phases of a module, each traced when it is asked for."""
+
+    def __init__(self, programs: Iterable[Program]) -> None:
+        self._programs = {program.phase.name: program for program in programs}
+        self._traced: dict[str, Graph] = {}
+
+    def __getitem__(self, phase: str) -> Graph:
+        if phase not in self._traced:
+            self._traced[phase] = trace_program(self._programs[phase])
+        return self._traced[phase]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._programs)
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+
+def graphs_of(module: nn.Module, scenario: Scenario = SCENARIO, inputs: tuple[str, ...] = ()) -> Phases:
+    """The phases of a module, to be traced."""
     with torch.device("meta"):
-        workload = plan(from_module(module), scenario, inputs=inputs)
-    return {program.phase.name: trace_program(program) for program in workload.programs}
+        return Phases(plan(from_module(module), scenario, inputs=inputs).programs)
 
 
 def retracing(module: nn.Module, inputs: tuple[str, ...] = ()) -> Callable[[Scenario, str], Graph | None]:

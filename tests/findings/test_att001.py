@@ -7,7 +7,18 @@ import sys
 
 import pytest
 import torch
-from findings.attention import HEAD_DIM, HEADS, KV_HEADS, WIDTH, Decoder, causal, fused, heads_first, tokens_first
+from findings.attention import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    WIDTH,
+    Decoder,
+    causal,
+    fused,
+    heads_first,
+    tokens_first,
+    traced_decoder,
+)
 from findings.situations import figures, graphs_of, rewritten, situation
 from fxroof.analyzer.finding import Confidence, registered
 from fxroof.analyzer.rewrite import Draft
@@ -213,8 +224,8 @@ def agrees(graph, twin):
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
 def test_every_spelling_becomes_its_twin(spelling):
     good, kv_heads = SPELLINGS[spelling]
-    twins = graphs_of(Decoder(good, kv_heads))
-    for phase, graph in graphs_of(Decoder(spelling, kv_heads)).items():
+    twins = traced_decoder(good, kv_heads)
+    for phase, graph in traced_decoder(spelling, kv_heads).items():
         found = list(RULE.check(situation(graph)))
         assert [m.confidence for m in found] == [Confidence.HIGH] * 2, phase
         agrees(rewritten(graph, RULE), twins[phase])
@@ -249,7 +260,7 @@ def scaled_by_a_half_twin(q, k, v):
     ],
 )
 def test_the_remedy_scales_as_the_program_does(bad, good, scale, before):
-    graph, twin = (graphs_of(Decoder(attend))["prefill"] for attend in (bad, good))
+    graph, twin = (traced_decoder(attend)["prefill"] for attend in (bad, good))
     agrees(rewritten(graph, RULE), twin)
     for match in RULE.check(situation(graph)):
         assert re.findall(r", scale=[^,)]*", match.remedy.code) == ([scale] if scale else [])
@@ -274,11 +285,11 @@ def windowed(q, k, v):
 
 
 def test_a_known_mask_that_is_more_than_causal_is_kept():
-    for phase, graph in graphs_of(Decoder(sliding_window)).items():
+    for phase, graph in traced_decoder(sliding_window).items():
         found = list(RULE.check(situation(graph)))
         assert [m.confidence for m in found] == [Confidence.HIGH] * 2
         assert all("more than causal" in m.message for m in found)
-        agrees(rewritten(graph, RULE), graphs_of(Decoder(windowed))[phase])
+        agrees(rewritten(graph, RULE), traced_decoder(windowed)[phase])
 
 
 def written_to(mask):
@@ -402,8 +413,8 @@ def good_padding(q, k, v):
 
 
 def test_several_masks_become_one():
-    twins = graphs_of(Decoder(good_padding))
-    for phase, graph in graphs_of(Decoder(bad_padding)).items():
+    twins = traced_decoder(good_padding)
+    for phase, graph in traced_decoder(bad_padding).items():
         found = list(RULE.check(situation(graph)))
         assert len(found) == 2
         joined = ["join what is added and what is masked into one attn_mask" in m.remedy.text for m in found]
@@ -467,7 +478,7 @@ def test_any_number_of_leading_dimensions():
 
 def test_it_takes_no_notice_of_what_others_did_first():
     """A rewrite leaves alone what another has claimed."""
-    graph = graphs_of(Decoder(additive_triu))["prefill"]
+    graph = traced_decoder(additive_triu)["prefill"]
     first, second = RULE.check(situation(graph))
     draft = Draft(graph)
     draft.claim({first.op})
@@ -482,7 +493,7 @@ def test_it_composes_with_a_cache_written_in_place():
     from fxroof.rules import kv_cache_reallocated_by_cat  # noqa: F401  # registers it
 
     (other,) = (r for r in registered() if r.code == "KVC001")
-    graph = graphs_of(Decoder(repeat_interleaved, KV_HEADS))["decode"]
+    graph = traced_decoder(repeat_interleaved, KV_HEADS)["decode"]
     found = []
     for rules in ((RULE, other), (other, RULE)):
         draft = Draft(graph)
@@ -491,7 +502,7 @@ def test_it_composes_with_a_cache_written_in_place():
                 match.rewrite(draft)
         found.append(figures(draft.finish()))
     assert found[0] == found[1]
-    twin = figures(rewritten(graphs_of(Decoder(causal, KV_HEADS))["decode"], other))
+    twin = figures(rewritten(traced_decoder(causal, KV_HEADS)["decode"], other))
     assert found[0] == {name: pytest.approx(value, rel=0.01) for name, value in twin.items()}
 
 
@@ -641,7 +652,7 @@ def test_grouped_heads_stay_repeated_where_no_kernel_takes_them_with_a_mask():
         k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=2) for t in (k, v))
         return sliding_window(q, k, v)
 
-    graph = graphs_of(Decoder(repeated, KV_HEADS))["prefill"]
+    graph = traced_decoder(repeated, KV_HEADS)["prefill"]
     assert all("enable_gqa" in m.remedy.code for m in RULE.check(situation(graph)))
     others = list(RULE.check(situation(graph, gpu="a100_sxm_80gb")))
     assert len(others) == 2

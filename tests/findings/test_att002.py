@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from findings.attention import HEAD_DIM, HEADS, KV_HEADS, Decoder, causal, fused
+from findings.attention import HEAD_DIM, HEADS, KV_HEADS, Decoder, causal, fused, traced_decoder
 from findings.situations import figures, graphs_of, situation
 from fxroof.analyzer.analysis import analyze_phase
 from fxroof.analyzer.finding import Confidence, registered
@@ -53,8 +53,8 @@ def compared(q, k, v):
 @pytest.mark.parametrize("gpu", ["h100_sxm", "a100_sxm_80gb", "l4"])
 @pytest.mark.parametrize("spelling", [boolean, additive, compared], ids=lambda f: f.__name__)
 def test_a_mask_that_is_causal_becomes_an_argument(spelling, gpu):
-    twins = graphs_of(Decoder(causal))
-    for phase, graph in graphs_of(Decoder(spelling)).items():
+    twins = traced_decoder(causal)
+    for phase, graph in traced_decoder(spelling).items():
         found = list(RULE.check(situation(graph, gpu=gpu)))
         assert [m.confidence for m in found] == [Confidence.HIGH] * 2
         words = "exactly causal" if phase == "prefill" else "hides nothing"
@@ -167,5 +167,5 @@ def masked(q, k, v):
 def test_it_is_silent(gpu):
     """On fast calls, and on a mask of which nothing is known."""
     for attention, kv_heads in ((causal, HEADS), (causal, KV_HEADS), (masked, HEADS)):
-        for graph in graphs_of(Decoder(attention, kv_heads)).values():
+        for graph in traced_decoder(attention, kv_heads).values():
             assert not list(RULE.check(situation(graph, gpu=gpu)))

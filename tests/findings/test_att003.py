@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from findings.attention import HEAD_DIM, HEADS, KV_HEADS, Decoder, causal, fused, heads_first, tokens_first
-from findings.situations import figures, graphs_of, rewritten, situation
+from findings.attention import HEAD_DIM, HEADS, KV_HEADS, causal, fused, heads_first, tokens_first, traced_decoder
+from findings.situations import figures, rewritten, situation
 from fxroof.analyzer.finding import registered
 from fxroof.rules import repeated_kv_heads  # noqa: F401  # registers it
 from support import LAYERS, traced
@@ -56,8 +56,8 @@ def expanded_and_cloned(q, k, v):
     ids=lambda f: f.__name__,
 )
 def test_every_spelling_becomes_its_twin(spelling):
-    twins = graphs_of(Decoder(causal, KV_HEADS))
-    for phase, graph in graphs_of(Decoder(spelling, KV_HEADS)).items():
+    twins = traced_decoder(causal, KV_HEADS)
+    for phase, graph in traced_decoder(spelling, KV_HEADS).items():
         found = list(RULE.check(situation(graph)))
         assert len(found) == 2
         assert all(m.evidence["copied_bytes"] == GROUP * m.evidence["kv_bytes"] for m in found)
@@ -70,8 +70,8 @@ def test_one_head_repeated():
         q, k, v = heads_first(q, k, v)
         return attend(q, k.repeat(1, HEADS, 1, 1), v.repeat(1, HEADS, 1, 1))
 
-    twins = graphs_of(Decoder(causal, 1))
-    for phase, graph in graphs_of(Decoder(tiled, 1)).items():
+    twins = traced_decoder(causal, 1)
+    for phase, graph in traced_decoder(tiled, 1).items():
         assert len(list(RULE.check(situation(graph)))) == 2
         ours, theirs = figures(rewritten(graph, RULE)), figures(twins[phase])
         assert ours == {name: pytest.approx(value, rel=0.01) for name, value in theirs.items()}
@@ -89,7 +89,7 @@ def tiled(q, k, v):
     ids=["plain", "grouped", "tiled"],
 )
 def test_it_is_silent(attention, kv_heads):
-    for graph in graphs_of(Decoder(attention, kv_heads)).values():
+    for graph in traced_decoder(attention, kv_heads).values():
         assert not list(RULE.check(situation(graph)))
 
 
@@ -101,10 +101,10 @@ def test_it_is_silent_where_no_kernel_takes_grouped_heads():
         k, v = (t.repeat_interleave(GROUP, dim=2) for t in (k, v))
         return fused(q, k, v, attn_mask=mask)
 
-    graph = graphs_of(Decoder(masked, KV_HEADS))["prefill"]
+    graph = traced_decoder(masked, KV_HEADS)["prefill"]
     assert list(RULE.check(situation(graph)))
     assert not list(RULE.check(situation(graph, gpu="a100_sxm_80gb")))
-    graph = graphs_of(Decoder(interleaved, KV_HEADS, torch.float32))["prefill"]
+    graph = traced_decoder(interleaved, KV_HEADS, torch.float32)["prefill"]
     assert not list(RULE.check(situation(graph)))
 
 
@@ -171,8 +171,8 @@ def spelt_as_rows(softmax):
 @pytest.mark.parametrize("softmax", [probabilities, sunk], ids=["capped", "sunk"])
 @pytest.mark.parametrize("spelling", [spelt, spelt_token_major], ids=["expanded", "interleaved"])
 def test_products_that_no_kernel_does_become_their_twin(spelling, softmax):
-    twins = graphs_of(Decoder(spelt_as_rows(softmax), KV_HEADS))
-    for phase, graph in graphs_of(Decoder(spelling(softmax), KV_HEADS)).items():
+    twins = traced_decoder(spelt_as_rows(softmax), KV_HEADS)
+    for phase, graph in traced_decoder(spelling(softmax), KV_HEADS).items():
         found = list(RULE.check(situation(graph)))
         assert len(found) == 2
         assert all(m.evidence["copied_bytes"] == GROUP * m.evidence["kv_bytes"] for m in found)
@@ -194,7 +194,7 @@ def test_what_one_kernel_could_do_is_left_to_att001():
     def plain(q, k, v):
         return spelt(lambda scores: torch.softmax(visible(scores * HEAD_DIM**-0.5), dim=-1))(q, k, v)
 
-    for graph in graphs_of(Decoder(plain, KV_HEADS)).values():
+    for graph in traced_decoder(plain, KV_HEADS).values():
         assert not list(RULE.check(situation(graph)))
 
 
@@ -222,7 +222,7 @@ def without_softmax(q, k, v):
     ids=["grouped", "used elsewhere", "tiled", "no softmax"],
 )
 def test_it_is_silent_on_products(attention):
-    for graph in graphs_of(Decoder(attention, KV_HEADS)).values():
+    for graph in traced_decoder(attention, KV_HEADS).values():
         assert not list(RULE.check(situation(graph)))
 
 

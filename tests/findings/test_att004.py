@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from findings.attention import HEADS, Decoder, heads_first, tokens_first
+from findings.attention import HEADS, heads_first, tokens_first, traced_decoder
 from findings.situations import figures, graphs_of, rewritten, situation
 from fxroof.analyzer.finding import registered
 from fxroof.rules import float32_softmax_roundtrip, materialized_attention_scores
@@ -55,8 +55,8 @@ def plain(softmax):
 
 @pytest.mark.parametrize("spelling", [told, cast, cast_and_told, with_dropout_between], ids=lambda f: f.__name__)
 def test_every_spelling_becomes_its_twin(spelling):
-    twins = graphs_of(Decoder(sinks(narrow)))
-    for phase, graph in graphs_of(Decoder(sinks(spelling))).items():
+    twins = traced_decoder(sinks(narrow))
+    for phase, graph in traced_decoder(sinks(spelling)).items():
         found = list(RULE.check(situation(graph)))
         assert len(found) == 2
         assert all(m.evidence["bytes"] >= 2 * m.evidence["needed_bytes"] for m in found)
@@ -66,7 +66,7 @@ def test_every_spelling_becomes_its_twin(spelling):
 
 
 def test_what_one_kernel_could_do_is_left_to_it():
-    graph = graphs_of(Decoder(plain(told)))["prefill"]
+    graph = traced_decoder(plain(told))["prefill"]
     assert len(situation(graph).once(materialized_attention_scores.found)) == 2
     assert not situation(graph).once(float32_softmax_roundtrip.found)
 

@@ -1,8 +1,11 @@
 """KVC001: caches that grow by concatenation, and the twin that writes in place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from findings.situations import figures, graphs_of, rewritten, situation
+from findings.attention import Stack
+from findings.situations import SCENARIO, figures, graphs_of, rewritten, situation
 from fxroof.analyzer.finding import registered
 from fxroof.rules import kv_cache_reallocated_by_cat  # noqa: F401  # registers it
 from torch import nn
@@ -46,25 +49,13 @@ class InPlace(Layer):
         return x + self.attend(q, k, v), (k, v)
 
 
-class Decoder(nn.Module):
-    def __init__(self, layer, layers=3):
-        super().__init__()
-        self.embed = nn.Embedding(500, HEADS * WIDTH)
-        self.layers = nn.ModuleList([layer() for _ in range(layers)])
-        self.head = nn.Linear(HEADS * WIDTH, 500, bias=False)
-        self.to(torch.bfloat16)
-
-    def forward(self, tokens, cache=None):
-        x, new = self.embed(tokens), []
-        for i, layer in enumerate(self.layers):
-            x, kept = layer(x, None if cache is None else cache[i])
-            new.append(kept)
-        return self.head(x), new
+def decoder(layer):
+    return Stack([layer().to(torch.bfloat16) for _ in range(3)])
 
 
 @pytest.fixture(scope="module")
 def growing():
-    return graphs_of(Decoder(Growing))
+    return graphs_of(decoder(Growing))
 
 
 def test_it_fires_on_each_cat_in_decode_and_not_in_prefill(growing):
@@ -76,17 +67,13 @@ def test_it_fires_on_each_cat_in_decode_and_not_in_prefill(growing):
 
 
 def test_it_is_silent_where_rows_are_written_in_place():
-    for graph in graphs_of(Decoder(InPlace)).values():
+    for graph in graphs_of(decoder(InPlace)).values():
         assert not list(RULE.check(situation(graph)))
 
 
 def test_the_rewrite_is_the_trace_of_the_twin(growing):
-    from dataclasses import replace
-
-    from findings.situations import SCENARIO
-
     # its cache has the position that the step fills already
     longer = replace(SCENARIO, input_len=SCENARIO.input_len + 1)
-    twin = graphs_of(Decoder(InPlace), longer)["decode"]
+    twin = graphs_of(decoder(InPlace), longer)["decode"]
     ours, theirs = figures(rewritten(growing["decode"], RULE)), figures(twin)
     assert ours == {name: pytest.approx(value, rel=0.01) for name, value in theirs.items()}

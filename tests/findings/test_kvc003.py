@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from findings.attention import Decoder as SmallDecoder
-from findings.attention import causal
+from findings.attention import Decoder, Stack, causal
 from findings.situations import figures, graphs_of, situation
 from fxroof.analyzer.finding import Confidence, registered
 from fxroof.analyzer.memory import Memory
@@ -109,21 +108,6 @@ class Cross(Layer):
         return x + self.attend(q, *past), past
 
 
-class Decoder(nn.Module):
-    def __init__(self, layer, packed=None, layers=2):
-        super().__init__()
-        self.embed = nn.Embedding(500, HEADS * WIDTH, dtype=torch.bfloat16)
-        self.layers = nn.ModuleList([type(layer.__name__, (layer,), {"packed": packed})() for _ in range(layers)])
-        self.head = nn.Linear(HEADS * WIDTH, 500, bias=False, dtype=torch.bfloat16)
-
-    def forward(self, tokens, cache=None):
-        x, new = self.embed(tokens), []
-        for i, layer in enumerate(self.layers):
-            x, kept = layer(x, None if cache is None else cache[i])
-            new.append(kept)
-        return self.head(x), new
-
-
 def changed(graph, width, *rules, gpu="h100_sxm"):
     draft = Draft(graph)
     for rule in rules:
@@ -133,8 +117,13 @@ def changed(graph, width, *rules, gpu="h100_sxm"):
 
 
 @functools.cache
+def graphs(layer, packed=None, scenario=LONG):
+    kind = type(layer.__name__, (layer,), {"packed": packed})
+    return graphs_of(Stack([kind(), kind()]), scenario)
+
+
 def decode(layer, packed=None, scenario=LONG):
-    return graphs_of(Decoder(layer, packed), scenario)["decode"]
+    return graphs(layer, packed, scenario)["decode"]
 
 
 @pytest.mark.parametrize("width", PACKED)
@@ -249,7 +238,7 @@ def test_it_is_silent_where_the_cache_is_packed(layer):
 
 
 def test_it_is_silent_in_prefill_and_where_launches_or_weights_set_the_pace():
-    assert not list(RULE.check(situation(graphs_of(Decoder(Growing), LONG)["prefill"])))
+    assert not list(RULE.check(situation(graphs(Growing)["prefill"])))
     short = Scenario(batch_size=2, input_len=512, output_len=64)
     assert not list(RULE.check(situation(decode(Growing, scenario=short))))
     assert not list(RULE.check(situation(traced("llama-3-8b").graphs["decode"])))
@@ -265,7 +254,7 @@ def test_only_widths_that_the_part_has_are_offered():
 def test_heads_of_their_own_are_named_and_grouped_ones_are_not():
     (grouped, _) = RULE.check(situation(decode(Growing)))
     assert "GQA" not in grouped.remedy.text
-    own = graphs_of(SmallDecoder(causal), LONG)["decode"]
+    own = graphs_of(Decoder(causal), LONG)["decode"]
     assert all("GQA" in m.remedy.text for m in RULE.check(situation(own)))
     assert len(list(RULE.check(situation(own)))) == 2
 

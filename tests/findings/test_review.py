@@ -11,6 +11,7 @@ from fxroof.analyzer.review import RuleSelectionError, Selection, folded, load_r
 from support import traced
 
 REMEDY = Remedy(text="do it well")
+pytestmark = pytest.mark.xdist_group("mymodel")  # one worker traces it
 
 
 def rule(check, code="TST001", severity=Severity.WARNING) -> Rule:
@@ -63,6 +64,25 @@ def test_what_saves_too_little_is_left_out_unless_it_is_always_reported(decode):
     assert not saves(0.009)
     assert saves(0.011)[0].saving_seconds["decode"] == pytest.approx(0.011 * estimate)
     assert saves(0.0, always=True)
+
+
+def test_a_saving_in_the_bound_alone_counts_unless_the_estimate_gets_noticeably_longer(decode):
+    times = decode.analysis.seconds
+
+    def reported(bound, estimate, least=0.01):
+        saving = (bound * times.bound, estimate * times.estimate)
+        match = Match(op=None, message="slow", remedy=REMEDY, saving=saving)
+        return bool(review({"decode": decode}, [rule(lambda _: [match])], least_saving=least).findings)
+
+    assert reported(0.1, 0.0)
+    assert reported(0.1, -0.009)
+    assert not reported(0.1, -0.07)
+    assert not reported(0.009, -0.009)
+    assert reported(-0.1, 0.02)  # a remedy may take work off the host and give it to the GPU
+    # what is asked of a saving says nothing of what a loss may be
+    assert not reported(0.3, -0.07, least=0.2)
+    assert reported(0.1, -0.001, least=0.0)
+    assert not reported(0.1, -0.07, least=0.0)
 
 
 def test_a_negative_saving_is_shown_as_it_is(decode):

@@ -4,19 +4,24 @@ import pytest
 from findings.situations import situation
 from fxroof.analyzer.finding import registered
 from fxroof.analyzer.graph import Role
+from fxroof.analyzer.load import load
 from fxroof.analyzer.repetition import layers, without_layers
 from fxroof.analyzer.review import load_rules
 from fxroof.analyzer.rewrite import Draft, RewriteError
 from fxroof.analyzer.savings import Change, Repricer, timed
-from support import traced
+from fxroof.analyzer.workload import plan
+from support import SHORT, TARGETS, cut, trace_program, traced
 
 load_rules()
-pytestmark = pytest.mark.xdist_group("llama-3-70b")  # one worker traces it
+pytestmark = pytest.mark.xdist_group("savings")  # one worker traces it
+LAYERS = 16
+"""As many as it takes for a few to be priced in the place of all; those between are alike however many they are."""
 
 
 @pytest.fixture(scope="module")
 def graphs():
-    return traced("llama-3-70b", whole=True).graphs
+    programs = plan(load(cut(TARGETS["llama-3-70b"], LAYERS)), SHORT).programs
+    return {program.phase.name: trace_program(program) for program in programs}
 
 
 def in_full(repricer, changes):
@@ -35,7 +40,7 @@ def test_a_few_layers_stand_for_all(graphs, phase, execution):
     for rule in registered():
         matches = [m for m in rule.check(place) if m.rewrite is not None]
         changes = [Change(m.op, m.rewrite) for m in matches]
-        if len(changes) < 40:
+        if len(changes) < LAYERS:
             continue
         tried += 1
         ours, truth = repricer.saving(changes), in_full(repricer, changes)
@@ -48,10 +53,10 @@ def test_a_few_layers_stand_for_all(graphs, phase, execution):
 def test_a_layer_left_out_takes_its_work_along(graphs):
     graph = graphs["decode"]
     run = layers(graph, left=5)
-    assert run.turns >= 79
+    assert run.turns >= LAYERS - 1
     short = Draft(graph, without_layers(graph, run, 3)).finish()
     linears = [sum(op.target == "aten.linear.default" for op in g.ops) for g in (graph, short)]
-    assert linears == [80 * 7 + 1, 80 * 7 + 1 - 7 * (run.turns - 3)]
+    assert linears == [LAYERS * 7 + 1, LAYERS * 7 + 1 - 7 * (run.turns - 3)]
     made = {short.tensors[i].storage for op in short.ops for i in op.outputs}
     given = {i for i, s in enumerate(short.storages) if s.role is not Role.ACTIVATION}
     assert all(short.tensors[i].storage in made | given for op in short.ops for i in op.inputs)

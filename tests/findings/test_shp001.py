@@ -28,7 +28,8 @@ class Layer(nn.Module):
 
 
 def graph_of(inner, rows, length=8192, *, dtype="bfloat16", **more):
-    module = Layer(inner, rows, dtype=getattr(torch, dtype), **more)
+    with torch.device("meta"):
+        module = Layer(inner, rows, dtype=getattr(torch, dtype), **more)
     return graphs_of(module, inputs=(f"x=2x{length}x{inner}:{dtype}",))["forward"]
 
 

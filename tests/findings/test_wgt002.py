@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from findings.attention import Decoder, causal
+from findings.attention import Decoder, causal, traced_decoder
 from findings.situations import figures, graphs_of, rewritten, situation
 from fxroof.analyzer.finding import registered
 from fxroof.analyzer.load import load
@@ -126,8 +126,8 @@ def test_what_the_program_asks_for_in_float32_stays(between):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_takes_the_kernels_of_the_narrow_type(dtype):
-    twins = graphs_of(Decoder(causal, 2))
-    for phase, graph in graphs_of(Decoder(causal, 2, dtype)).items():
+    twins = traced_decoder(causal, 2)
+    for phase, graph in traced_decoder(causal, 2, dtype).items():
         assert_equal(rewritten(graph, RULE), twins[phase])
 
 
@@ -155,7 +155,7 @@ def test_the_type_is_what_the_program_casts_to_or_what_the_gpu_multiplies():
     graph = graphs_of(Autocast(torch.float32, torch.float16))["decode"]
     (found,) = RULE.check(situation(graph))
     assert "float16" in found.remedy.code.replace("bfloat16", "")
-    graph = graphs_of(Decoder(causal, dtype=torch.float32))["decode"]
+    graph = traced_decoder(causal, dtype=torch.float32)["decode"]
     codes = {gpu: next(iter(RULE.check(situation(graph, gpu=gpu)))).remedy.code for gpu in ("h100_sxm", "t4")}
     assert "bfloat16" in codes["h100_sxm"]
     assert "torch.float16" in codes["t4"]
@@ -201,7 +201,7 @@ def test_models_as_they_are(model, findings):
 
 
 def test_it_saves_what_was_expected():
-    graph = graphs_of(Decoder(causal, dtype=torch.float32, layers=1))["decode"]
+    graph = traced_decoder(causal, dtype=torch.float32, layers=1)["decode"]
     weights = [sum(a.read for c in price(g, situation(g).gpu) for a in c.traffic if g.role(a.tensor) == "weight")
                for g in (graph, rewritten(graph, RULE))]  # fmt: skip
     assert weights[0] == 2 * weights[1]

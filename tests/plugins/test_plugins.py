@@ -3,24 +3,20 @@
 Each test installs a small package beside a model that calls an operator of its own, and runs the command line.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from fxroof.analyzer.pricing import PLUGINS
 from fxroof.analyzer.trace import trace
+from plugins.installed import Installed
 from torch import nn
 
 MODEL = """
 import torch
 from torch import nn
 
-@torch.library.custom_op("{library}::product", mutates_args=())
+@torch.library.custom_op("acme::product", mutates_args=())
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left @ right
 
@@ -53,40 +49,9 @@ def product(call):
 """
 
 
-class Installed:
-    """A folder of installed packages, and a model file beside it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.site, self.model = folder / "site", folder / "model.py"
-        self.site.mkdir()
-        self.model.write_text(MODEL.replace("{library}", "acme"))
-
-    def add(self, package: str, source: str) -> None:
-        (self.site / f"{package}.py").write_text(source)
-        info = self.site / f"{package}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[{PLUGINS}]\n{package} = {package}\n")
-
-    def analyze(self) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fxroof.analyzer", "analyze", str(self.model), "--gpu", "h100", "-f", "json"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": str(self.site)},
-        )
-
-    def run(self) -> dict[str, Any]:
-        done = self.analyze()
-        assert done.returncode == 0, done.stderr
-        run: dict[str, Any] = json.loads(done.stdout)["runs"][0]
-        return run
-
-
 @pytest.fixture
 def installed(tmp_path: Path) -> Installed:
-    return Installed(tmp_path)
+    return Installed(tmp_path, PLUGINS, MODEL)
 
 
 def test_a_custom_op_is_unpriced_named_and_charged_its_inputs_and_outputs(installed: Installed) -> None:
@@ -125,7 +90,7 @@ def test_a_package_that_cannot_be_used_is_named_and_ends_the_analysis(
     installed: Installed, source: str, reason: str
 ) -> None:
     installed.add("acme_broken", source)
-    done = installed.analyze()
+    done = installed.analyze("-f", "json")
     assert done.returncode == 2
     message = " ".join(done.stderr.split())
     assert "installed package acme_broken (entry point acme_broken = acme_broken) cannot be loaded" in message
@@ -137,7 +102,7 @@ def test_a_package_that_cannot_be_used_is_named_and_ends_the_analysis(
 def test_two_packages_for_one_operator_are_refused_and_both_named(installed: Installed) -> None:
     installed.add("acme_formulas", FORMULA)
     installed.add("other_formulas", FORMULA)
-    done = installed.analyze()
+    done = installed.analyze("-f", "json")
     assert done.returncode == 2
     assert "two formulas for acme.product: acme_formulas.product and other_formulas.product" in " ".join(
         done.stderr.split()
