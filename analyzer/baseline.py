@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, cast
 
 import msgspec
 
 from .errors import FxroofError
 from .finding import Finding
+from .jsonfile import content, decoded, encodable, encoded
 from .report import Report, Run
 
 VERSION = 1
@@ -19,6 +21,9 @@ KNOWN = "known: in the baseline"
 
 Entry = tuple[str, str, str, str, str]
 """Rule, module, operator, phase, GPU."""
+
+
+_MOST = 10**9
 
 
 class BaselineError(FxroofError):
@@ -31,7 +36,11 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     op: str
     phase: str
     gpu: str
-    count: int = 1
+    count: Annotated[int, msgspec.Meta(ge=1, le=_MOST)] = 1
+
+
+class _Head(msgspec.Struct):
+    version: Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,7 +65,7 @@ def to_text(known: Mapping[Entry, int]) -> str:
         for (rule, module, op, phase, gpu), count in sorted(known.items())
         if count > 0
     )
-    return msgspec.json.format(msgspec.json.encode(_File(version=VERSION, findings=lines)), indent=1).decode() + "\n"
+    return encoded(_File(version=VERSION, findings=lines))
 
 
 def read(file: Path) -> Counter[Entry]:
@@ -66,24 +75,24 @@ def read(file: Path) -> Counter[Entry]:
         BaselineError: it cannot be read, or is no baseline.
     """
     try:
-        content = file.read_bytes()
+        octets = content(file)
     except OSError as error:
-        raise BaselineError(
-            f"{file}: cannot be read: {error.strerror}.", "Write one with: fxroof baseline write"
-        ) from error
-    try:
-        found = msgspec.json.decode(content, type=_File)
-    except msgspec.MsgspecError as error:
-        raise BaselineError(f"{file}: is no baseline: {error}", "Write one with: fxroof baseline write") from error
-    if found.version != VERSION:
-        raise BaselineError(
-            f"{file}: baseline version {found.version}; this fxroof reads version {VERSION}.",
-            "Write it again with: fxroof baseline write",
-        )
+        raise BaselineError(f"{file}: cannot be read: {error.strerror}.", _REWRITE) from error
+
+    def failed(why: str) -> BaselineError:
+        return BaselineError(f"{file}: is no baseline: {why}.", _REWRITE)
+
+    version = decoded(octets, _Head, failed).version
+    if version != VERSION:
+        raise BaselineError(f"{file}: baseline version {version}; this fxroof reads version {VERSION}.", _REWRITE)
+    found = decoded(octets, _File, failed)
     known: Counter[Entry] = Counter()
     for line in found.findings:
         known[line.rule, line.module, line.op, line.phase, line.gpu] += line.count
     return known
+
+
+_REWRITE = "Write one with: fxroof baseline write"
 
 
 def applied(report: Report, known: Mapping[Entry, int]) -> Report:
@@ -105,7 +114,8 @@ def pruned(known: Mapping[Entry, int], report: Report) -> Counter[Entry]:
 
 
 def _entries(finding: Finding, run: Run) -> Iterable[Entry]:
-    return [(finding.code, finding.module, finding.op, phase, run.gpu.key) for phase in finding.phases]
+    known = (finding.code, finding.module, finding.op)
+    return [cast("Entry", tuple(map(encodable, (*known, phase, run.gpu.key)))) for phase in finding.phases]
 
 
 def _applied(run: Run, known: Mapping[Entry, int]) -> Run:

@@ -5,19 +5,22 @@
 """
 
 import html
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import msgspec
 
 from .analysis import Coverage, PhaseAnalysis
+from .checked import fault
 from .errors import ReportFileError
 from .estimate import Derated
 from .finding import Finding, Step
+from .garbage import without_collection
 from .graph import Graph
+from .jsonfile import content, decoded, encoded
 from .limits import Verdict
 from .memory import CacheGrowth, Memory
 from .review import RuleFailure
@@ -227,42 +230,70 @@ def fxroof_version() -> str:
     return version("fxroof")
 
 
-def to_json(report: Report, *, indent: int = 1) -> str:
+def to_json(report: Report) -> str:
     """The report as JSON text, the same bytes for the same report."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=indent).decode() + "\n"
+    return encoded(report)
 
 
 def from_json(text: str | bytes, source: str = "report") -> Report:
     """Read a report that `to_json` wrote.
 
     Raises:
-        ReportFileError: not JSON, not a report, or of another schema version.
+        ReportFileError: not JSON, not a report, of another schema version, or damaged.
     """
+
+    def failed(what: str) -> Callable[[str], ReportFileError]:
+        return lambda why: ReportFileError(f"{source}: {what}: {why}.", _REWRITE)
+
+    head = decoded(text, _Head, failed("not a JSON object"))
     try:
-        head = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    except msgspec.MsgspecError as error:
-        raise ReportFileError(f"{source}: not a JSON object: {error}", _REWRITE) from error
-    if "schema_version" not in head or "runs" not in head:
-        raise ReportFileError(f"{source}: not an fxroof report (no schema_version).", _REWRITE)
-    found: Any = msgspec.json.decode(head["schema_version"])
-    if found != SCHEMA_VERSION:
+        schema = msgspec.json.decode(head.schema_version, type=Annotated[int, msgspec.Meta(ge=0, le=10**9)])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ReportFileError(f"{source}: not an fxroof report (no schema_version).", _REWRITE) from error
+    if schema != SCHEMA_VERSION:
+        newer = schema > SCHEMA_VERSION
         raise ReportFileError(
-            f"{source}: schema version {found!r}; this fxroof reads version {SCHEMA_VERSION}.",
-            "Write the report again with this version of fxroof.",
+            f"{source}: schema version {schema}; this fxroof reads version {SCHEMA_VERSION}."
+            f" The report is of {'a newer' if newer else 'an older'} fxroof.",
+            "Update fxroof, or write the report again with this one."
+            if newer
+            else "Write the report again with this fxroof.",
         )
-    try:
-        return msgspec.json.decode(text, type=Report)
-    except msgspec.ValidationError as error:
-        raise ReportFileError(f"{source}: damaged report: {error}", _REWRITE) from error
+    with without_collection():
+        found = decoded(text, Report, failed("damaged report"))
+        wrong = fault(found)
+    if wrong:
+        raise failed("damaged report")(wrong)
+    return found
+
+
+class _Head(msgspec.Struct):
+    schema_version: msgspec.Raw = msgspec.Raw(b"null")
 
 
 def read_report(path: Path) -> Report:
     """Read a saved report from a file; errors as `from_json`."""
     try:
-        content = path.read_bytes()
+        octets = content(path)
     except OSError as error:
         raise ReportFileError(f"{path}: cannot be read: {error.strerror}.") from error
-    return from_json(content, str(path))
+    return from_json(octets, str(path))
 
+
+def is_report(path: Path) -> bool:
+    """Whether a file is meant to be a saved report, damaged or not: its name ends in `.json`."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    try:
+        octets = content(path)
+        return decoded(octets, _Head, ReportFileError).schema_version != _Head().schema_version
+    except OSError:
+        return False
+    except ReportFileError:
+        return b'"schema_version"' in octets[:_BEGINNING]
+
+
+_BEGINNING = 200
+"""Bytes of a file in which a report says what it is."""
 
 _REWRITE = "Write one with: fxroof analyze mymodel.py --gpu b200 -f json -o report.json"

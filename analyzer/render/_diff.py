@@ -1,16 +1,18 @@
 """A comparison of two reports: for a terminal, for a pull request, and as JSON."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-import msgspec
 from rich.text import Text
 
-from ..diff import Diff, FindingChange, ModuleChange, PhaseChange, Work
-from ..limits import Verdict
+from ..diff import Diff, FindingChange, ModuleChange, PhaseChange, Work, only_new
+from ..jsonfile import encoded
+from ..report import Report
 from . import _units as units
+from ._budgets import sentence, told, whole
 from ._layout import Column, bullets, clean, fact, printed, table, title
 from ._markdown import code, shortened, text
-from .registry import Options
+from .registry import Options, render
 
 TAG = "<!-- fxroof -->"
 _NAME = 120
@@ -23,7 +25,7 @@ def terminal(diff: Diff, options: Options) -> str:
 
 def as_json(diff: Diff) -> str:
     """All of it, in base units."""
-    return msgspec.json.format(msgspec.json.encode(diff), indent=1).decode() + "\n"
+    return encoded(diff)
 
 
 def markdown(diff: Diff) -> str:
@@ -42,6 +44,12 @@ def markdown(diff: Diff) -> str:
                 lines.append(f"| {' | '.join(cells)} |")
             lines += _left_out(phase.modules, text)
             lines += ["", "</details>"]
+    verdicts = [known for known in told(diff.verdicts) if known.value is not None]
+    if verdicts:
+        kept = sum(known.kept is True for known in verdicts)
+        lines += ["", f"<details><summary>{kept:,} of {len(verdicts):,} budgets kept</summary>", ""]
+        lines += [f"- {text(sentence(known))}" for known in verdicts[:_MOST]]
+        lines += [*_left_out(verdicts, text), "", "</details>"]
     for heading, changes in (("New findings", diff.new), ("Findings gone", diff.gone)):
         if changes:
             lines += ["", f"**{heading}**", "", *(f"- {text(_finding(change))}" for change in changes[:_MOST])]
@@ -54,11 +62,31 @@ def markdown(diff: Diff) -> str:
 _MOST = 20
 
 
+def github(diff: Diff, head: Report) -> str:
+    """Annotations of what is new: findings and broken budgets."""
+    return render(only_new(diff, head), "github", Options())
+
+
+def sarif(diff: Diff, head: Report) -> str:
+    """All of the head, which code scanning compares with what it knows, and the verdicts of the comparison."""
+    return render(replace(head, verdicts=diff.verdicts), "sarif", Options())
+
+
+FORMATS: dict[str, Callable[[Diff, Report, Options], str]] = {
+    "terminal": lambda diff, _, options: terminal(diff, options),
+    "markdown": lambda diff, *_: markdown(diff),
+    "json": lambda diff, *_: as_json(diff),
+    "github": lambda diff, head, _: github(diff, head),
+    "sarif": lambda diff, head, _: sarif(diff, head),
+}
+"""How a comparison can be written, by name."""
+
+
 def verdict(diff: Diff) -> str:
     """One line: whether it may be let through, and what the largest change is."""
     changes = [(abs(phase.change), phase) for phase in diff.phases if phase.change is not None]
     largest = max(changes, key=lambda found: found[0], default=None)
-    said = "no phase takes longer or shorter"
+    said = "no phase takes longer or shorter" if changes else "there is no base to compare with"
     if largest is not None and largest[0] > _SAME:
         phase = largest[1]
         said = f"{phase.phase} {_signed_percent(phase.change or 0.0)} on {phase.run}"
@@ -89,10 +117,10 @@ def _lines(diff: Diff, options: Options) -> Iterator[Text]:
             yield Text()
             yield title(heading, width)
             yield from bullets((clean(_finding(change)) for change in changes), width)
-    if any(v.kept is not None or not v.budget.needs_base for v in diff.verdicts):
+    if verdicts := [verdict for verdict in told(diff.verdicts) if verdict.value is not None]:
         yield Text()
         yield title("budgets", width)
-        yield from bullets((clean(_budget(v)) for v in diff.verdicts if v.value is not None), width)
+        yield from bullets(map(sentence, verdicts), width)
     for warning in diff.warnings:
         yield from fact("doubt", [Text(clean(warning), style="yellow")], width)
 
@@ -145,7 +173,7 @@ def _why(change: ModuleChange) -> str:
     parts: list[tuple[float, Callable[[float], str], str]] = [
         (change.head.bytes - change.base.bytes, units.byte_count, "bytes"),
         (change.head.flops - change.base.flops, units.flops, "FLOPs"),
-        (change.head.kernels - change.base.kernels, _count, "kernels"),
+        (change.head.kernels - change.base.kernels, whole, "kernels"),
     ]
     said = [f"{name} {_signed(value, show)}" for value, show, name in parts if value]
     return ", ".join(said) or "the same work in other surroundings"
@@ -163,26 +191,6 @@ def _finding(change: FindingChange) -> str:
     found = change.finding
     place = f"{found.file}:{found.line}" if found.file else "the whole phase"
     return f"{found.severity.value} {found.code} {found.name} at {place} on {change.run}: {found.message}"
-
-
-def _budget(verdict: Verdict) -> str:
-    state = {True: "kept", False: "EXCEEDED", None: f"not judged: {verdict.why}"}[verdict.kept]
-    shown = "" if verdict.value is None else f" is {_amount(verdict.value, verdict.unit)}"
-    return f"{verdict.run} {verdict.budget.metric}{shown}, limit {verdict.budget.text}: {state}"
-
-
-def _amount(value: float, unit: str) -> str:
-    shows: dict[str, Callable[[float], str]] = {
-        "seconds": units.seconds,
-        "bytes": units.byte_count,
-        "flops": units.flops,
-        "share": units.percent,
-    }
-    return shows.get(unit, _count)(value)
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
 
 
 def _left_out(found: Sequence[object], show: Callable[[str], str]) -> list[str]:

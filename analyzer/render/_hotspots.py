@@ -65,7 +65,7 @@ def hotspots(phase: PhaseAnalysis, by: By) -> tuple[Hotspot, ...]:
     parts = _fused_kernels(phase) if phase.execution == "compiled" else _single_ops(phase)
     groups: dict[tuple[object, ...], list[_Part]] = {}
     for part in parts:
-        key: tuple[object, ...] = (_NUMBER.sub("*", part.op.module),)
+        key: tuple[object, ...] = (_NUMBER.sub(_ANY, part.op.module),)
         if by == "op":
             key += (part.name, part.op.target, part.shape, part.op.dtype, part.op.file, part.op.line)
         groups.setdefault(key, []).append(part)
@@ -116,6 +116,8 @@ def short_operator(target: str) -> str:
 
 
 _NUMBER = re.compile(r"\d+")
+_ANY = "0"
+"""Stands for all numbers: a path that has `*` of its own is no path with a number in its place."""
 
 
 def _row(parts: Sequence[_Part], phase_seconds: float) -> Hotspot:

@@ -30,7 +30,7 @@ def printed(lines: Iterable[Text], options: Options) -> str:
         legacy_windows=False,
     )
     for line in lines:
-        fitted = line.copy()
+        fitted = _harmless(line)
         fitted.rstrip()
         fitted.truncate(options.width, overflow="ellipsis")
         if options.colour:
@@ -39,6 +39,19 @@ def printed(lines: Iterable[Text], options: Options) -> str:
             out.write(fitted.plain + "\n")
     text = out.getvalue()
     return text if options.unicode else text.translate(_ASCII)
+
+
+def _harmless(line: Text) -> Text:
+    """A copy that no terminal and no build server takes for more than text.
+
+    Those look for `::` at the start of a line and for `##[` anywhere in it.
+    """
+    plain = line.plain
+    if plain.isprintable() and not plain.lstrip().startswith("::") and "##[" not in plain:
+        return line.copy()
+    shown = clean(plain).replace("##[", r"#\x23[")
+    start = len(shown) - len(shown.lstrip())
+    return Text(shown[:start] + (r"\x3a" + shown[start + 1 :] if shown.startswith("::", start) else shown[start:]))
 
 
 _ASCII = str.maketrans({
@@ -53,11 +66,15 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+_ENOUGH = 4
+"""Characters a column that are looked at of a text too long to show: most take one column, accents none."""
+
+
 def keep_end(text: str, width: int) -> str:
     """The end of a text too long for the width: `…attn.q_proj`."""
     if cell_len(text) <= width:
         return text
-    tail = text
+    tail = text[-_ENOUGH * max(width, 1) :]
     while tail and cell_len(tail) > max(width - 1, 0):
         tail = tail[1:]
     return f"…{tail}"[: max(width, 0)]
@@ -67,14 +84,14 @@ def keep_start(text: str, width: int) -> str:
     """The start of a text too long for the width."""
     if cell_len(text) <= width:
         return text
-    return set_cell_size(text, max(width - 1, 0)).rstrip() + "…" if width > 0 else ""
+    return set_cell_size(text[: _ENOUGH * width], max(width - 1, 0)).rstrip() + "…" if width > 0 else ""
 
 
 def keep_line(place: str, width: int) -> str:
     """A `folder/file.py:12` too long for the width: folders go first, the line number stays."""
     if cell_len(place) <= width:
         return place
-    parts = place.split("/")
+    parts = place[-_ENOUGH * max(width, 1) :].split("/")
     for first in range(1, len(parts)):
         shorter = "…/" + "/".join(parts[first:])
         if cell_len(shorter) <= width:

@@ -1,6 +1,6 @@
 """Numbers as people read them: three significant digits and a decimal prefix."""
 
-from math import floor, log10
+from math import floor, isfinite, log10
 
 _PREFIXES = {
     -5: "f",
@@ -20,18 +20,19 @@ _PREFIXES = {
 
 def scaled(value: float, unit: str, *, trim: bool = False) -> str:
     """`scaled(1.234e9, "B")` -> `1.23 GB`; `trim` drops trailing zeros, as in `3.35 TB/s` and `8 TB/s`."""
-    if value == 0:
-        return f"0 {unit}"
+    if value == 0 or not isfinite(value):
+        return f"{value:.0f} {unit}"
     exponent = thousands(value)
     return f"{digits(value / 1000.0**exponent, trim=trim)} {_PREFIXES[exponent]}{unit}"
 
 
 def thousands(value: float) -> int:
-    """The power of 1000 that a value is written with, rounding to three digits included."""
-    exponent = floor(log10(abs(value)) / 3) if value else 0
-    if abs(value) / 1000.0**exponent >= 999.5:  # would round to 1000
-        exponent += 1
-    return min(max(exponent, min(_PREFIXES)), max(_PREFIXES))
+    """The power of 1000 that a value is written with, rounding to three digits included; 0 for what is no number."""
+    if not value or not isfinite(value):
+        return 0
+    exponent = min(max(floor(log10(abs(value)) / 3), min(_PREFIXES)), max(_PREFIXES))
+    rounds_up = abs(value) / 1000.0**exponent >= 999.5 and exponent < max(_PREFIXES)
+    return exponent + rounds_up
 
 
 def digits(value: float, *, trim: bool = False) -> str:
@@ -59,7 +60,7 @@ def flops(value: float) -> str:
 
 def count(value: float) -> str:
     """A bare number: `8.03 B`, as parameters are written, `125 M`, `999`."""
-    if value < 1000:
+    if not value >= 1000:
         return f"{value:.0f}"
     exponent = min(thousands(value), 4)
     return f"{digits(value / 1000.0**exponent)} {('', 'k', 'M', 'B', 'T')[exponent]}"

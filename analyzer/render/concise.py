@@ -8,6 +8,7 @@ from rich.text import Text
 from ..report import Report, Run
 from . import _units as units
 from ._anchors import anchor, source_anchor, written
+from ._budgets import broken, sentence
 from ._layout import clean, printed
 from ._seen import (
     counts,
@@ -44,8 +45,10 @@ def _lines(report: Report) -> Iterator[str]:
     source = written(source_anchor(report), report.model.name)
     for failure in report.failures:
         yield f"{source}: error: {clean(failure.phase)} was not analysed: {clean(failure.message)}"
-    for broken in rule_failures(report):
-        yield f"{source}: error: {failed(broken)}"
+    for verdict in broken(report):
+        yield f"{source}: error: budget: {sentence(verdict)}"
+    for failure_of_rule in rule_failures(report):
+        yield f"{source}: error: {failed(failure_of_rule)}"
     for run in report.runs:
         yield from _phases(report, run)
     hidden = suppressed(report)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ..finding import Severity
 from ..report import Report
 from ._anchors import Anchor, anchor, source_anchor
+from ._budgets import broken, sentence
 from ._layout import clean
 from ._seen import (
     SEVERITIES,
@@ -45,18 +46,24 @@ def _commands(report: Report, found: list[Seen], severity: Severity) -> Iterator
         for failure in report.failures:
             text = "\n".join(clean(part) for part in (failure.message, failure.hint) if part)
             yield _command(command, source, f"fxroof: {clean(failure.phase)} was not analysed", text)
+        for verdict in broken(report):
+            yield _command(command, source, f"fxroof: budget of {clean(verdict.budget.metric)}", sentence(verdict))
     for one in found:
         if one.finding.severity is severity:
             title = f"{clean(one.finding.code)} {clean(one.finding.name)}"
             yield _command(command, anchor(one.finding, report), title, _message(one))
     if severity is Severity.WARNING:
-        for broken in rule_failures(report):
-            yield _command(command, source, "fxroof: a rule failed", failed(broken))
+        for failure_of_rule in rule_failures(report):
+            yield _command(command, source, "fxroof: a rule failed", failed(failure_of_rule))
     if severity is Severity.INFO:
         for place in unused_suppressions(report):
             file, _, line = place.rpartition(":")
-            where = (file, int(line)) if line.isdecimal() else source
+            where = (file, int(line)) if line.isdecimal() and len(line) < _MOST_DIGITS else source
             yield _command(command, where, "fxroof: unused comment", f"{clean(place)}: the comment suppresses nothing")
+
+
+_MOST_DIGITS = 10
+"""A line number of more is none."""
 
 
 def _message(one: Seen) -> str:

@@ -9,6 +9,7 @@ import msgspec
 from ..finding import Severity
 from ..report import Report
 from ._anchors import Anchor, anchor, source_anchor
+from ._budgets import broken, sentence
 from ._layout import clean
 from ._seen import failed, in_brackets, rule_failures, saves_everywhere, seen
 from .registry import Options, renderer
@@ -34,14 +35,18 @@ def _issues(report: Report) -> Iterator[dict[str, Any]]:
         text = f"{clean(failure.phase)} was not analysed: {clean(failure.message)}"
         name = _digest(f"not-analysed {clean(failure.phase)}")
         yield _issue("not-analysed", text, name, "blocker", source)
+    for verdict in broken(report):
+        budget = verdict.budget
+        name = _digest(f"budget {clean(verdict.run)} {budget.metric} {budget.of} {clean(budget.text)}")
+        yield _issue("budget-broken", sentence(verdict), name, "critical", source)
     for one in seen(report):
         finding = one.finding
         text = f"{clean(finding.message)}{in_brackets(saves_everywhere(one))}"
         place = anchor(finding, report) or source
         yield _issue(clean(finding.code), text, one.fingerprint, _SEVERITIES[finding.severity], place)
-    for broken in rule_failures(report):
-        name = _digest(f"rule-failed {clean(broken.code)} {clean(broken.phase)}")
-        yield _issue("rule-failed", failed(broken), name, "minor", source)
+    for failure_of_rule in rule_failures(report):
+        name = _digest(f"rule-failed {clean(failure_of_rule.code)} {clean(failure_of_rule.phase)}")
+        yield _issue("rule-failed", failed(failure_of_rule), name, "minor", source)
 
 
 def _issue(check: str, text: str, fingerprint: str, severity: str, place: Anchor) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from xml.etree import ElementTree as ET
 
 from ..finding import Finding, Severity
+from ..limits import Verdict
 from ..report import PhaseFailure, Report, Run
 from . import _units as units
 from ._anchors import anchor, source_anchor, written
+from ._budgets import sentence
 from ._layout import clean
 from ._seen import evidence, failed, fits, in_brackets, saves
 from .registry import Options, renderer
@@ -20,6 +22,8 @@ def render(report: Report, options: Options) -> str:  # noqa: ARG001  # XML has 
             root.append(_phase(report, run, name))
         if run.rule_failures:
             root.append(_rules(report, run))
+    if report.verdicts:
+        root.append(_suite("budgets", [_budget(report, verdict) for verdict in report.verdicts]))
     if report.failures:
         root.append(_suite("not analysed", [_failure(report, failure) for failure in report.failures]))
     ET.indent(root, " ")
@@ -83,6 +87,17 @@ def _failure(report: Report, failure: PhaseFailure) -> ET.Element:
     case = _test(report, clean(failure.phase))
     error = ET.SubElement(case, "error", {"message": clean(failure.message), "type": "not-analysed"})
     error.text = clean(failure.hint)
+    return case
+
+
+def _budget(report: Report, verdict: Verdict) -> ET.Element:
+    budget = verdict.budget
+    of = f" {budget.of}" if budget.of != "estimate" else ""
+    case = _test(report, f"{clean(verdict.run)} {clean(budget.metric)}{of} {clean(budget.text)}")
+    if verdict.kept is None:
+        ET.SubElement(case, "skipped", {"message": clean(verdict.why)})
+    elif not verdict.kept:
+        ET.SubElement(case, "failure", {"message": sentence(verdict), "type": "budget-broken"})
     return case
 
 

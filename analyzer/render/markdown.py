@@ -6,6 +6,7 @@ from ..finding import Finding
 from ..report import Report, Run
 from . import _units as units
 from ._anchors import shown
+from ._budgets import broken, sentence
 from ._markdown import block, code, code_in_html, length, shortened, text
 from ._seen import (
     Seen,
@@ -93,6 +94,11 @@ def _verdict(report: Report, found: list[Seen]) -> Iterator[str]:
     failing = [report.title(run) for run in report.runs if run.memory is not None and run.memory.fits is False]
     if failing:
         sentences.append(f"**Does not fit into** {_listed(dict.fromkeys(failing))}.")
+    over = broken(report)
+    if over:
+        said = "; ".join(text(shortened(sentence(verdict), _TEXT)) for verdict in over[:_MOST_NAMES])
+        more = f"; and {len(over) - _MOST_NAMES:,} more" if len(over) > _MOST_NAMES else ""
+        sentences.append(f"**Budgets broken:** {said}{more}.")
     if report.failures:
         sentences.append(f"**Not analysed:** {_listed(failure.phase for failure in report.failures)}.")
     hidden = suppressed(report)
@@ -171,8 +177,8 @@ def _notes(report: Report) -> Iterator[str]:
     for failure in report.failures:
         said = text(shortened(f"{failure.message} {failure.hint}".rstrip(), _TEXT))
         yield f"- {code(shortened(failure.phase, _NAME))} was not analysed: {said}"
-    for broken in rule_failures(report):
-        yield f"- {text(shortened(failed(broken), _TEXT))}"
+    for failure_of_rule in rule_failures(report):
+        yield f"- {text(shortened(failed(failure_of_rule), _TEXT))}"
     for place in unused_suppressions(report):
         yield f"- {code(_ending(place))}: the comment suppresses nothing"
     versions = (

@@ -1,5 +1,6 @@
 """SARIF 2.1.0, the exchange format of static analysis: code scanning, editors and viewers read it."""
 
+import hashlib
 import re
 from collections.abc import Iterable
 from importlib.metadata import metadata
@@ -9,9 +10,11 @@ from urllib.parse import quote
 import msgspec
 
 from ..finding import Finding, Rule, Severity
+from ..limits import Verdict
 from ..report import Report, Run
 from ..review import load_rules
 from ._anchors import Anchor, anchor, package_files, shown, source_anchor, uri
+from ._budgets import broken, sentence
 from ._layout import clean
 from ._seen import failed, in_brackets, names, saves
 from .registry import Options, renderer
@@ -56,8 +59,10 @@ def _run(report: Report, run: Run, title: str, packages: frozenset[str]) -> _Jso
         _result(report, run, finding, codes.index(finding.code), name, packages)
         for finding, name in zip(run.findings, names(run), strict=True)
     ]
+    over = [verdict for verdict in broken(report) if verdict.run == report.title(run)]
+    results += [_budget_result(report, verdict, len(codes)) for verdict in over]
     model = report.traces[run.traced].model.name
-    driver = _driver(report) | {"rules": _rules(run.findings, codes)}
+    driver = _driver(report) | {"rules": [*_rules(run.findings, codes), *([_BUDGET] if over else [])]}
     return {
         "tool": {"driver": driver},
         "automationDetails": {
@@ -131,6 +136,32 @@ def _result(
     return result
 
 
+_BUDGET: _Json = {
+    "id": "budget-broken",
+    "name": "budget-broken",
+    "shortDescription": {"text": "A figure is beyond the limit that the project sets itself."},
+    "fullDescription": {"text": "A figure of a run is beyond the limit that the project's settings, or --budget, set."},
+    "help": {"text": "Make the model keep to the limit, or change the limit."},
+    "defaultConfiguration": {"level": "error"},
+    "properties": {"tags": ["performance"]},
+}
+
+
+def _budget_result(report: Report, verdict: Verdict, index: int) -> _Json:
+    budget = verdict.budget
+    known = "\n".join((budget.metric, budget.of, budget.text, budget.scenario))
+    source = source_anchor(report)
+    return {
+        "ruleId": _BUDGET["id"],
+        "ruleIndex": index,
+        "level": "error",
+        "message": {"text": _message(f"{sentence(verdict)}.")},
+        "partialFingerprints": {
+            "fxroof/v1": hashlib.sha256(known.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+        },
+    } | ({"locations": [_location(source, packaged=False)]} if source else {})
+
+
 def _location(place: Anchor, packaged: bool) -> _Json:
     file, line = place
     address = {"uri": uri(file)}
@@ -159,8 +190,8 @@ def _invocation(report: Report, run: Run | None) -> _Json:
     for failure in report.failures:
         text = _message(f"{failure.phase} was not analysed: {failure.message} {failure.hint}".rstrip())
         notes.append({"level": "error", "message": {"text": text}} | where)
-    broken = run.rule_failures if run else ()
-    notes += [{"level": "warning", "message": {"text": _message(failed(failure))}} for failure in broken]
+    unrun = run.rule_failures if run else ()
+    notes += [{"level": "warning", "message": {"text": _message(failed(failure))}} for failure in unrun]
     return {"executionSuccessful": not report.failures, "toolExecutionNotifications": notes}
 
 

@@ -6,10 +6,12 @@ from string import ascii_letters
 from rich.text import Text
 
 from ..analysis import Coverage, PhaseAnalysis, UnpricedOp
+from ..limits import Verdict
 from ..memory import Memory
 from ..report import ModelInfo, Report, Run, Traced
 from ..roofline import Bound
 from ..scenario import Scenario
+from . import _budgets as budgets
 from . import _units as units
 from ._findings import findings
 from ._hotspots import Hotspot, hotspots
@@ -41,6 +43,8 @@ def render(report: Report, options: Options) -> str:
     lines = [*_header(report, options.width), Text()]
     if report.failures:
         lines += [*_failures(report, options.width), Text()]
+    if verdicts := budgets.told(report.verdicts):
+        lines += [*_budgets(verdicts, options.width), Text()]
     if len(report.runs) > 1:
         lines += [*_comparison(report, options.width), Text()]
     for run in report.runs:
@@ -67,7 +71,7 @@ def _header(report: Report, width: int) -> Iterator[Text]:
 def _size(model: ModelInfo) -> Iterator[str]:
     yield f"{units.count(model.parameters)} parameters"
     names = list(model.dtypes)
-    total = sum(model.dtypes.values())
+    total = sum(model.dtypes.values()) or 1  # parameters may be of no elements
     if len(names) > 1:
         stored = ", ".join(f"{units.percent(n / total)} {clean(name)}" for name, n in model.dtypes.items())
     else:
@@ -105,8 +109,27 @@ def _failures(report: Report, width: int) -> Iterator[Text]:
         yield from fact("", [clean(failure.hint)] if failure.hint else [], width)
 
 
+def _budgets(verdicts: Sequence[Verdict], width: int) -> Iterator[Text]:
+    yield title("budgets", width, heavy=True)
+    columns = [
+        Column(header="run", cells=[clean(verdict.run) for verdict in verdicts], least=10, keep="end"),
+        Column(header="budget", cells=[budgets.name(verdict) for verdict in verdicts], least=12),
+        Column(header="is", cells=[budgets.value(verdict) for verdict in verdicts], right=True),
+        Column(header="limit", cells=[clean(verdict.budget.text) for verdict in verdicts], right=True),
+        Column(header="", cells=[_state(verdict) for verdict in verdicts], least=8),
+    ]
+    yield from table(columns, width)
+
+
+def _state(verdict: Verdict) -> Text:
+    if verdict.kept is None:
+        return Text(clean(verdict.why), style="yellow")
+    return Text("kept", style="green") if verdict.kept else Text("broken", style="bold red")
+
+
 def _comparison(report: Report, width: int) -> Iterator[Text]:
-    yield title("GPUs compared, each phase at its bound and as estimated", width, heavy=True)
+    what = "GPUs" if len(report.traces) == 1 else "runs"
+    yield title(f"{what} compared, each phase at its bound and as estimated", width, heavy=True)
     rows = [
         (phase, run)
         for name in dict.fromkeys(p.name for run in report.runs for p in run.phases)
@@ -114,9 +137,9 @@ def _comparison(report: Report, width: int) -> Iterator[Text]:
         for phase in run.phases
         if phase.name == name
     ]
-    first: dict[str, float] = {}
-    for phase, _ in rows:
-        first.setdefault(phase.name, phase.seconds.bound)
+    first: dict[tuple[str, int], float] = {}
+    for phase, run in rows:
+        first.setdefault((phase.name, run.traced), phase.seconds.bound)
     columns = [
         Column(header="phase", cells=_without_repeats([phase.name for phase, _ in rows])),
         Column(
@@ -128,7 +151,7 @@ def _comparison(report: Report, width: int) -> Iterator[Text]:
         Column(header="bound", cells=[units.seconds(p.seconds.bound) for p, _ in rows], right=True),
         Column(
             header="vs first",
-            cells=[units.ratio(p.seconds.bound / first[p.name]) if first[p.name] else "" for p, _ in rows],
+            cells=[units.ratio(p.seconds.bound / one) if (one := first[p.name, run.traced]) else "" for p, run in rows],
             right=True,
             drop=2,
         ),
@@ -537,11 +560,11 @@ def _caveats(report: Report, width: int) -> Iterator[Text]:
 def _reached(run: Run) -> Iterator[str]:
     """The figures that make estimates of bounds, those for dtypes that no phase uses left out."""
     used = {phase.matmul_path.rpartition(" ")[2] for phase in run.phases}
-    for figure in run.derating:
-        if figure.dtype and figure.dtype not in used:
+    for derated in run.derating:
+        if derated.dtype and derated.dtype not in used:
             continue
-        value = units.scaled(figure.value, figure.unit) if figure.unit else units.percent(figure.value)
-        yield f"{figure.name} {value}" + (f" ({figure.source})" if figure.source == "assumed" else "")
+        value = units.scaled(derated.value, derated.unit) if derated.unit else units.percent(derated.value)
+        yield f"{derated.name} {value}" + (f" ({derated.source})" if derated.source == "assumed" else "")
 
 
 def _coverage(coverage: Coverage, width: int) -> Iterator[Text]:

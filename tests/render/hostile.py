@@ -1,7 +1,10 @@
-"""A report in which every text that comes from a user's model tries to be more than text."""
+"""Reports in which every text that comes from a user's model, or from a file, tries to be more than text."""
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from typing import Any
 
+from fxroof.analyzer.limits import Budget, Verdict
 from render.sample import partial, renamed, report, retraced
 
 TEXT = (
@@ -10,6 +13,37 @@ TEXT = (
     "\u202e\u2066abc\u2069\u202c \ufffe \u2028 \"q\" 'q' {0} =cmd|' /C calc'!A0,;\t\\|_a_ *b* ~c~ \\"
 )
 SURROGATES = "\ud800\udc80"
+
+SHORT = (
+    "</script>",
+    "\x1b[31m",
+    "\x9b31m",
+    "\r\n::error::owned",
+    "::add-mask::a",
+    "##[error]x",
+    "%0A::error::",
+    "`x`",
+    "````",
+    "\u202e",
+    "=1+1",
+    "\t=1",
+    "]]>",
+    "\x00\x0b\ufffe",
+    "[t](http://evil.example)",
+    "@everyone",
+    "<!-- a --> -->",
+    "|a|",
+    "&#64;x",
+    "{0} {x}",
+    "$(x) ${{ x }}",
+    "\u2028",
+    "**b** ~~c~~ <b>",
+    "\\",
+    "'\"",
+    "",
+    " ",
+)
+"""Each alone and short: what is long is wrapped, and cleaned on the way."""
 
 
 def hostile(text=TEXT, *, several=False):
@@ -43,3 +77,31 @@ def _finding(finding, text):
         remedy=replace(finding.remedy, text=text, code=f"{text}\n{text}"),
         suppressed=finding.suppressed and text,
     )
+
+
+def everywhere(given, text):
+    """The report with the text at the end of every text in it that is not empty, phases and keys included; what is one
+    of a few known words stays."""
+    budget = Budget(metric="decode.tpot", limit=1e-9, text="1 ns", of="bound")
+    verdict = Verdict(budget=budget, run="x100", unit="seconds", value=1.0, base=2.0, limit=1e-9, kept=False, why="new")
+    unknown = replace(verdict, kept=None, value=None, base=None, limit=None, unit="count")
+    whole = replace(given, verdicts=(verdict, replace(verdict, kept=True), unknown))
+    return _everywhere(whole, text)
+
+
+_WORDS = {"execution", "weights_bound_until", "saving_per", "of", "kind", "unit", "metric"}
+_OF_CLASSES = {"bound_share", "estimate_share"}
+
+
+def _everywhere(value: Any, text: str) -> Any:
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return value and value + text
+    if isinstance(value, tuple):
+        return tuple(_everywhere(item, text) for item in value)
+    if isinstance(value, dict):
+        return {key + text: _everywhere(item, text) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        kept = _WORDS | _OF_CLASSES
+        changes = {f.name: _everywhere(getattr(value, f.name), text) for f in fields(value) if f.name not in kept}
+        return replace(value, **changes)
+    return value

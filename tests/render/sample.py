@@ -18,6 +18,7 @@ from fxroof.analyzer.estimate import Derated
 from fxroof.analyzer.execution import Execution, KernelAnalysis, KernelTimes
 from fxroof.analyzer.finding import Alternative, Confidence, Finding, Remedy, Severity, Step
 from fxroof.analyzer.floor import Floor
+from fxroof.analyzer.graph import Graph
 from fxroof.analyzer.memory import Memory
 from fxroof.analyzer.report import GpuInfo, ModelInfo, PhaseFailure, Report, Run, Traced
 from fxroof.analyzer.review import RuleFailure
@@ -422,7 +423,7 @@ def report(*, several: bool = False) -> Report:
         fxroof_version="1.2.3",
         torch_version="2.13.0",
         catalog_version="2026-01-01",
-        traces=(Traced(model=MODEL, scenario=SCENARIO, graphs={}),),
+        traces=(Traced(model=MODEL, scenario=SCENARIO, graphs={p.name: Graph(phase=p.name) for p in runs[0].phases}),),
         runs=tuple(runs),
     )
 

