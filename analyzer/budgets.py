@@ -1,7 +1,7 @@
 """Limits that a project sets itself: what a step may take, what must fit, how much may be added by a change.
 
-A budget is a metric and a limit, `decode.tpot = "12 ms"`. A limit with a sign, `"+2%"` or `"+1 ms"`, is what may be added
-to a base; `"crossing 12 ms"` is broken only by what makes a base that kept to it exceed it.
+A budget is a metric and a limit, `decode.tpot = "12 ms"`. A limit with a sign, `"+2%"` or `"+1 ms"`, is what may be
+added to a base; `"crossing 12 ms"` is broken only by what makes a base that kept to it break it.
 """
 
 import re
@@ -82,6 +82,11 @@ def judge(report: Report, limits: Iterable[Budget], bases: Mapping[int, Run] | N
     )
 
 
+def figure_of(run: Run, metric: str, of: Of = "estimate") -> float | None:
+    """What a run has of a metric, in its base unit; None where it has no such figure."""
+    return METRICS[metric].read(run, of)
+
+
 def _verdict(run: Run, title: str, budget: Budget, base: Run | None) -> Verdict:
     metric = METRICS[budget.metric]
     value = metric.read(run, budget.of)
@@ -91,7 +96,7 @@ def _verdict(run: Run, title: str, budget: Budget, base: Run | None) -> Verdict:
     if value is not None and limit is not None:
         kept = _keeps(metric, value, limit)
         if budget.kind == "crossing" and not kept and before is not None and not _keeps(metric, before, limit):
-            kept, why = True, "the base exceeds it too"
+            kept, why = True, "the base breaks it too"
     return Verdict(
         budget=budget, run=title, unit=metric.unit, value=value, base=before, limit=limit, kept=kept, why=why
     )

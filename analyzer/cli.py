@@ -8,37 +8,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from .console import Progress, deliver, options, print_error, print_note, silence_stdout
+from .parameters import (
+    DIFF_FORMATS,
+    MODULE_RULES,
+    REPORT_FORMATS,
+    RULE_NAMES,
+    SHARE,
+    SIZE,
+    complete_gpu,
+)
+from .scenario import MOST_GPUS, MOST_SECONDS, MOST_SEQUENCES, MOST_TOKENS, Scenario
 
 if TYPE_CHECKING:
-    from collections import Counter
-
-    from rich.console import Console
-    from rich.status import Status
-
-    from .baseline import Entry
-    from .render.registry import Options
+    from .config import Project
+    from .limits import Budget
     from .report import Report
     from .review import Selection
 
 EXIT_STOPPED = 2
 EXIT_FOUND = 1
 EXIT_INTERRUPTED = 130
-
-_MOST_SEQUENCES = 1_000_000
-_MOST_TOKENS = 10_000_000
-_MOST_GPUS = 1024
-_MOST_SECONDS = 10_000_000
-_WIDTH_OFF_TERMINAL = 100
-_LEAST_WIDTH = 40
 
 
 class _Program(click.Group):
@@ -63,7 +63,7 @@ def _exit_code(run: Callable[[], object], arguments: Sequence[str]) -> int:
         print_error("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        _silence_stdout()
+        silence_stdout()
         return 0
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_STOPPED if error.code else 0
@@ -93,162 +93,143 @@ def main() -> None:
     """  # noqa: D301  # \b is click's mark for text that must not be wrapped
 
 
-class _Formats(click.ParamType[tuple[str, "Path | None"]]):
-    """A registered renderer, looked up only when a format is given, and the file that it writes: `sarif=out.sarif`."""
-
-    name = "format"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002  # click's signature
-        from .render.registry import formats
-
-        return f"[{'|'.join(formats())}][=FILE]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path | None]:
-        from .render.registry import formats
-
-        if isinstance(value, tuple):
-            return value
-        name, given, file = str(value).partition("=")
-        if name not in formats():
-            self.fail(f"{name!r} is not one of {', '.join(formats())}.", param, ctx)
-        if given and not file:
-            self.fail(f"{value!r} names no file: for example {name}=out.txt.", param, ctx)
-        return name, Path(file) if file else None
-
-    def shell_complete(
-        self,
-        ctx: click.Context,  # noqa: ARG002  # click's signature
-        param: click.Parameter,  # noqa: ARG002
-        incomplete: str,
-    ) -> list[click.shell_completion.CompletionItem]:
-        from .render.registry import formats
-
-        return [click.shell_completion.CompletionItem(name) for name in formats() if name.startswith(incomplete)]
+_PROJECT = "fxroof.project"
+"""Where a context keeps the settings that were found."""
 
 
-class _Memory(click.ParamType[int]):
-    """A size such as `16GB` or `512 MiB` -> bytes."""
+def _read_settings(ctx: click.Context, _: click.Parameter, file: Path | None) -> Path | None:
+    """Take the defaults of all options from the settings: the command line wins."""
+    if ctx.resilient_parsing or (file is None and ctx.params.get("isolated")):
+        return file
+    from .config import find, read
 
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT])(i?)B?", str(value).strip(), re.IGNORECASE)
-        if match is None and str(value).strip() != "0":
-            self.fail(f"{value!r} is no size: for example 16GB, 512MiB, or 0 for no limit.", param, ctx)
-        if match is None:
-            return 0
-        power = "KMGT".index(match[2].upper()) + 1
-        return max(int(float(match[1]) * (1024 if match[3] else 1000) ** power), 1)
+    project = find(Path.cwd()) if file is None else read(file)
+    if project is not None:
+        ctx.meta[_PROJECT] = project
+        ctx.default_map = project.defaults()
+    return file
 
 
-class _Share(click.ParamType[float]):
-    """A share such as `1%` or `0.01`, as a number."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip()
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(%?)", text)
-        if match is None:
-            self.fail(f"{value!r} is no share: for example 1% or 0.01.", param, ctx)
-        return float(match[1]) / (100 if match[2] else 1)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-class _RuleNames(click.ParamType[tuple[str, ...]]):
-    """Codes, beginnings of codes or names of rules, with commas between them."""
-
-    name = "rule"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(name.strip() for name in str(value).split(","))
-        if not all(names):
-            self.fail(f"{value!r} names a rule too few: for example ATT001,FUS.", param, ctx)
-        return names
-
-
-class _ModuleRules(click.ParamType[tuple[tuple[str, str], ...]]):
-    """A pattern of module paths and the rules that are not to look there, `blocks.*.attn=ATT001,FUS`."""
-
-    name = "module=rule"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[str, str], ...]:
-        if isinstance(value, tuple):
-            return value
-        pattern, _, rules = str(value).rpartition("=")
-        if not pattern:
-            self.fail(f"{value!r} is not MODULE=RULES: for example blocks.*.attn=ATT001,FUS.", param, ctx)
-        return tuple((pattern, rule) for rule in _RuleNames().convert(rules, param, ctx))
+def _with_settings(command: _Command) -> _Command:
+    """Options that say where settings come from; `_project` gives them."""
+    for option in (
+        click.option(
+            "--config",
+            type=click.Path(path_type=Path),
+            callback=_read_settings,
+            is_eager=True,
+            metavar="FILE",
+            help="Settings.  [default: the nearest fxroof.toml, or pyproject.toml with [tool.fxroof]]",
+        ),
+        click.option("--isolated", is_flag=True, is_eager=True, help="No settings: the command line alone."),
+    ):
+        command = option(command)
+    return command
 
 
-def _complete_gpu(
-    ctx: click.Context,  # noqa: ARG001  # click's signature
-    param: click.Parameter,  # noqa: ARG001
-    incomplete: str,
-) -> list[click.shell_completion.CompletionItem]:
-    from ..hardware.catalog import names
+def _project(ctx: click.Context) -> Project | None:
+    if ctx.params["isolated"] and ctx.params["config"] is not None:
+        raise click.UsageError("--isolated reads no settings, --config reads some: give one of them.", ctx)
+    found: Project | None = ctx.meta.get(_PROJECT)
+    return found
 
-    return [click.shell_completion.CompletionItem(name) for name in names() if name.startswith(incomplete)]
+
+def _judging(command: _Command) -> _Command:
+    """Options that say what ends with exit code 1."""
+    for option in (
+        click.option("--exit-zero", is_flag=True, help="Exit with 0 whatever was found."),
+        click.option(
+            "--fail-on",
+            type=click.Choice(["error", "warning", "info", "never"]),
+            default="error",
+            show_default=True,
+            help="Findings of this severity and above end with exit code 1; of a comparison, new ones.",
+        ),
+        click.option(
+            "--budget",
+            "budgets",
+            multiple=True,
+            metavar="METRIC=LIMIT",
+            help="Limit, as in 'decode.tpot=12 ms' or 'memory.total=80 GB'; repeat for several. Those of the settings "
+            "hold where none is given.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _limits(texts: Sequence[str], project: Project | None) -> tuple[Budget, ...]:
+    from .budgets import from_texts
+
+    return from_texts(texts) if texts or project is None else project.budgets
 
 
 @main.command()
-@click.argument("target")
+@_with_settings
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option(
     "--gpu",
     "gpus",
     multiple=True,
     metavar="NAME",
-    shell_complete=_complete_gpu,
+    shell_complete=complete_gpu,
     help="GPU to price for, or a TOML file; repeat to compare several.",
 )
 @click.option(
+    "--scenario",
+    "scenarios",
+    multiple=True,
+    metavar="NAME",
+    help="Scenario of the settings; repeat for several.  [default: all of them]",
+)
+@click.option(
     "--batch-size",
-    type=click.IntRange(1, _MOST_SEQUENCES),
+    type=click.IntRange(1, MOST_SEQUENCES),
     default=1,
     show_default=True,
     help="Sequences in flight.",
 )
 @click.option(
     "--input-len",
-    type=click.IntRange(1, _MOST_TOKENS),
+    type=click.IntRange(1, MOST_TOKENS),
     default=2048,
     show_default=True,
     help="Prompt tokens of each.",
 )
 @click.option(
     "--output-len",
-    type=click.IntRange(1, _MOST_TOKENS),
+    type=click.IntRange(1, MOST_TOKENS),
     default=256,
     show_default=True,
     help="Tokens generated for each; decode is priced at a context of input + output / 2.",
 )
 @click.option(
     "--prefix-len",
-    type=click.IntRange(0, _MOST_TOKENS),
+    type=click.IntRange(0, MOST_TOKENS),
     default=0,
     show_default=True,
     help="Tokens of the prompt whose KV cache is there already; prefill computes the others.",
 )
 @click.option(
     "--chunk",
-    type=click.IntRange(0, _MOST_TOKENS),
+    type=click.IntRange(0, MOST_TOKENS),
     default=0,
     show_default=True,
     help="Prefill in chunks of at most so many tokens a sequence; 0 for all at once.",
 )
 @click.option(
     "--tp",
-    type=click.IntRange(1, _MOST_GPUS),
+    type=click.IntRange(1, MOST_GPUS),
     default=1,
     show_default=True,
     help="GPUs that share every layer: matrices are cut as the model's plan says.",
 )
 @click.option(
     "--ep",
-    type=click.IntRange(1, _MOST_GPUS),
+    type=click.IntRange(1, MOST_GPUS),
     default=1,
     show_default=True,
     help="GPUs that share the experts, each holding some whole; alone, or as many as --tp.",
@@ -298,7 +279,7 @@ def _complete_gpu(
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a model repository brings.")
 @click.option(
     "--timeout",
-    type=click.IntRange(0, _MOST_SECONDS),
+    type=click.IntRange(0, MOST_SECONDS),
     default=600,
     show_default=True,
     metavar="SECONDS",
@@ -306,28 +287,28 @@ def _complete_gpu(
 )
 @click.option(
     "--memory-limit",
-    type=_Memory(),
+    type=SIZE,
     metavar="SIZE",
     help="Memory that it may take, such as 16GB; 0 for no limit.  [default: 80% of this machine's]",
 )
 @click.option(
     "--select",
-    type=_RuleNames(),
+    type=RULE_NAMES,
     multiple=True,
     help="Only these rules: codes, their beginnings, or names; several with commas.",
 )
-@click.option("--extend-select", type=_RuleNames(), multiple=True, help="These rules besides those of --select.")
-@click.option("--ignore", type=_RuleNames(), multiple=True, help="Not these rules.")
+@click.option("--extend-select", type=RULE_NAMES, multiple=True, help="These rules besides those of --select.")
+@click.option("--ignore", type=RULE_NAMES, multiple=True, help="Not these rules.")
 @click.option(
     "--per-module-ignore",
-    type=_ModuleRules(),
+    type=MODULE_RULES,
     multiple=True,
     help="Not these rules in modules of that path and all in them, as in 'blocks.*.attn=ATT001,FUS'.",
 )
 @click.option("--rules", "rule_files", multiple=True, metavar="FILE", help="A Python file with rules of your own.")
 @click.option(
     "--min-saving",
-    type=_Share(),
+    type=SHARE,
     default="1%",
     show_default=True,
     metavar="SHARE",
@@ -338,14 +319,7 @@ def _complete_gpu(
     type=click.Path(path_type=Path),
     help="File of findings that are known and do not count; see `fxroof baseline`.",
 )
-@click.option(
-    "--fail-on",
-    type=click.Choice(["error", "warning", "info", "never"]),
-    default="error",
-    show_default=True,
-    help="Findings of this severity and above end with exit code 1.",
-)
-@click.option("--exit-zero", is_flag=True, help="Exit with 0 whatever was found.")
+@_judging
 @click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Rows of the hotspot table.")
 @click.option(
     "--by",
@@ -358,7 +332,7 @@ def _complete_gpu(
     "-f",
     "--format",
     "formats",
-    type=_Formats(),
+    type=REPORT_FORMATS,
     multiple=True,
     default=("terminal",),
     show_default=True,
@@ -370,15 +344,10 @@ def _complete_gpu(
 @click.pass_context
 def analyze(
     ctx: click.Context,
-    target: str,
+    /,
+    targets: tuple[str, ...],
     gpus: tuple[str, ...],
-    batch_size: int,
-    input_len: int,
-    output_len: int,
-    prefix_len: int,
-    chunk: int,
-    tp: int,
-    ep: int,
+    scenarios: tuple[str, ...],
     dtype: str,
     phase: str,
     attention: str,
@@ -396,6 +365,7 @@ def analyze(
     rule_files: tuple[str, ...],
     min_saving: float,
     baseline: Path | None,
+    budgets: tuple[str, ...],
     fail_on: str,
     exit_zero: bool,
     top: int,
@@ -404,6 +374,7 @@ def analyze(
     output: Path | None,
     quiet: bool,
     debug: bool,
+    **_: object,
 ) -> int:
     """Say where a model's time goes on a GPU, phase by phase and line by line.
 
@@ -414,6 +385,8 @@ def analyze(
       fxroof analyze mymodel.py --gpu b200 -f json -o report.json
       fxroof analyze report.json --gpu h200
 
+    What is not given on the command line is taken from the settings: targets, GPUs, scenarios, rules, budgets.
+
     TARGET is mymodel.py, mymodel.py:attr or package.module:attr (a module, or a class or function that
     gives one without arguments), a folder with a transformers config.json, hf:ORG/NAME, an exported
     program (.pt2), or a report saved with -f json, which is priced again without torch.
@@ -422,10 +395,18 @@ def analyze(
     --memory-limit allow. Exit code 2 says that something, perhaps only one phase, was not analysed.
     """  # noqa: D301  # \b is click's mark for text that must not be wrapped
     outputs = _outputs(formats, output)
-    for _, file in outputs:
+    for _format, file in outputs:
         _check_destination(file)
-    known = _known(baseline)
-    saved = _saved_report(target)
+    project = _project(ctx)
+    targets = targets or (project.targets() if project else ())
+    if not targets:
+        raise click.UsageError(
+            "Missing argument 'TARGET': a model, such as mymodel.py. `fxroof init` writes settings that name one.", ctx
+        )
+    limits = _limits(budgets, project)
+    from .baseline import applied, read
+
+    known = read(baseline) if baseline else {}
     gpus = tuple(dict.fromkeys(gpus))
     from .review import Selection
 
@@ -436,60 +417,124 @@ def analyze(
         files=rule_files,
         modules=tuple(chain(*per_module_ignore)),
     )
+    saved = _saved_report(targets)
     if saved is not None:
-        _refuse_tracing_options(ctx, target)
-        report = _repriced(ctx, saved, gpus, selection)
+        _refuse_tracing_options(ctx, targets[0])
+        report = _repriced(ctx, saved, gpus if _was_given(ctx, "gpus") else (), selection)
     elif not gpus:
         raise click.UsageError("Missing option '--gpu'. For example: --gpu h100; `fxroof gpus` lists all.", ctx)
     else:
-        from .scenario import Scenario
-
-        given = [_was_given(ctx, name) for name in ("input_len", "output_len")]
-        scenario = Scenario(
-            batch_size=batch_size,
-            input_len=input_len,
-            output_len=output_len,
-            lengths_given=any(given),
-            prefix_len=prefix_len,
-            chunk=chunk,
-            tp=tp,
-            ep=ep,
-        )
+        situations = _situations(ctx, project, scenarios)
         from .pipeline import analyze as analyze_target
+        from .report import merged
 
-        with _Progress(quiet=quiet) as progress:
-            report = analyze_target(
-                target,
-                gpus=gpus,
-                scenario=scenario,
-                phase=phase,
-                dtype=dtype,
-                attention=attention,
-                execution=execution,
-                selection=selection,
-                least_saving=min_saving,
-                init=init,
-                inputs=inputs,
-                assume=assume,
-                trust_remote_code=trust_remote_code,
-                timeout=timeout,
-                memory_limit=memory_limit,
-                debug=debug,
-                progress=progress.say,
+        with Progress(quiet=quiet) as progress:
+            report = merged(
+                analyze_target(
+                    target,
+                    gpus=gpus,
+                    scenarios=situations,
+                    phase=phase,
+                    dtype=dtype,
+                    attention=attention,
+                    execution=execution,
+                    selection=selection,
+                    least_saving=min_saving,
+                    init=init,
+                    inputs=inputs,
+                    assume=assume,
+                    trust_remote_code=trust_remote_code,
+                    timeout=timeout,
+                    memory_limit=memory_limit,
+                    debug=debug,
+                    progress=progress.say,
+                )
+                for target in dict.fromkeys(targets)
             )
-    if known is not None:
-        from .baseline import applied
-
+    if baseline is not None:
         report = applied(report, known)
+    if limits:
+        from .budgets import judge
+
+        report = replace(report, verdicts=judge(report, limits))
     from .render.registry import render
 
     for name, file in outputs:
-        _deliver(render(report, name, _options(file, top=top, by=by)), file)
+        deliver(render(report, name, options(file, top=top, by=by)), file)
     for failure in report.failures:
         print_error(f"{failure.phase} was not analysed: {failure.message}", failure.hint)
     if report.failures:
         return EXIT_STOPPED
     return EXIT_FOUND if not exit_zero and _fails(report, fail_on) else 0
+
+
+@main.command()
+@click.argument("target", required=False)
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    default=("h100",),
+    show_default=True,
+    metavar="NAME",
+    shell_complete=complete_gpu,
+    help="GPU that the settings are to name; repeat for several.",
+)
+@click.option("--init", metavar="TEXT", default="", help="Expression that builds the model, as for analyze.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default="fxroof.toml", show_default=True, help="File to write."
+)
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure, and library warnings.")
+@click.pass_context
+def init(
+    ctx: click.Context,
+    /,
+    target: str | None,
+    gpus: tuple[str, ...],
+    init: str,
+    output: Path,
+    quiet: bool,
+    debug: bool,
+    *,
+    force: bool,
+) -> None:
+    """Write commented settings that work for a model, with budgets a tenth above what it takes today.
+
+    \b
+    Examples:
+      fxroof init mymodel.py --gpu b200
+      fxroof init                                 where one file defines a model
+
+    The model is analysed first; where that fails, nothing is written.
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+    _check_destination(output)
+    if output.exists() and not force:
+        raise click.UsageError(f"{output} is there already: --force writes over it, -o names another file.", ctx)
+    from .starter import model_files, settings_text
+
+    if target is None:
+        files = [os.path.relpath(file) for file in model_files(Path.cwd())]
+        if len(files) != 1:
+            named = f"Several files define one: {', '.join(files[:5])}." if files else "No file here defines one."
+            raise click.UsageError(f"Name the model: fxroof init mymodel.py. {named}", ctx)
+        target = files[0]
+    from .pipeline import analyze as analyze_target
+
+    with Progress(quiet=quiet) as progress:
+        report = analyze_target(
+            target,
+            gpus=gpus,
+            scenarios=(Scenario(name="chat"),),
+            init=init,
+            debug=debug,
+            progress=progress.say,
+        )
+    there = Path(target)
+    beside = os.path.relpath(there, output.resolve().parent) if there.exists() else target
+    deliver(settings_text(beside, report, init), output)
+    print_note(f"{output} written. Now: fxroof analyze")
 
 
 @main.group()
@@ -507,7 +552,6 @@ def baseline() -> None:
 
 _BASELINE = click.option(
     "--baseline",
-    "file",
     type=click.Path(path_type=Path),
     default=".fxroof-baseline.json",
     show_default=True,
@@ -518,93 +562,147 @@ _BASELINE = click.option(
 @baseline.command()
 @click.argument("report", type=click.Path(path_type=Path))
 @_BASELINE
-def write(report: Path, file: Path) -> None:
+@_with_settings
+def write(report: Path, baseline: Path, **_: object) -> None:
     """Write all findings of a saved REPORT into the file: they count no more, new ones do."""
-    _check_destination(file)
+    _check_destination(baseline)
     from .baseline import entries, to_text
     from .report import read_report
 
-    _deliver(to_text(entries(read_report(report))), file)
+    deliver(to_text(entries(read_report(report))), baseline)
 
 
 @baseline.command()
 @click.argument("report", type=click.Path(path_type=Path))
 @_BASELINE
-def prune(report: Path, file: Path) -> None:
+@_with_settings
+def prune(report: Path, baseline: Path, **_: object) -> None:
     """Take out of the file what a saved REPORT no longer shows; its other GPUs and phases stay."""
-    _check_destination(file)
+    _check_destination(baseline)
     from .baseline import pruned, read, to_text
     from .report import read_report
 
-    _deliver(to_text(pruned(read(file), read_report(report))), file)
+    deliver(to_text(pruned(read(baseline), read_report(report))), baseline)
 
 
-@main.command()
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("head", type=click.Path(path_type=Path))
+@main.command(context_settings={"ignore_unknown_options": True})
+@_with_settings
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="BASE.json HEAD.json | ARGUMENTS OF analyze")
+@click.option("--base", "revision", metavar="REV", help="Git revision to compare with; analyses the target there.")
 @click.option(
-    "--budget",
-    "limits",
-    multiple=True,
-    metavar="METRIC=LIMIT",
-    help="Limit for the head, as in 'decode.tpot=12 ms' or 'decode.bytes=+2%'; may be repeated.  "
-    "[default: no phase takes 2% longer]",
+    "--head", "head_revision", metavar="REV", help="Git revision to compare.  [default: the files as they are]"
 )
 @click.option(
-    "--fail-on",
-    type=click.Choice(["error", "warning", "info", "never"]),
-    default="error",
-    show_default=True,
-    help="Severity from which a new finding fails.",
+    "--save-reports",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Folder for base.json and head.json.",
 )
-@click.option("--exit-zero", is_flag=True, help="Exit with 0 whatever is found.")
+@_judging
 @click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Modules to show of a phase.")
 @click.option(
     "-f",
     "--format",
-    "format_",
-    type=click.Choice(["terminal", "markdown", "json"]),
-    default="terminal",
+    "formats",
+    type=DIFF_FORMATS,
+    multiple=True,
+    default=("terminal",),
     show_default=True,
+    help="Output format; =FILE writes it there; may be repeated.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write instead of standard output.")
-@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")  # read where failures are told
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")
+@click.pass_context
 def diff(
-    base: Path,
-    head: Path,
-    limits: tuple[str, ...],
+    ctx: click.Context,
+    /,
+    arguments: tuple[str, ...],
+    revision: str | None,
+    head_revision: str | None,
+    folder: Path | None,
+    budgets: tuple[str, ...],
     fail_on: str,
     exit_zero: bool,
     top: int,
-    format_: str,
+    formats: tuple[tuple[str, Path | None], ...],
     output: Path | None,
-    debug: bool,  # noqa: ARG001
+    debug: bool,
+    **_: object,
 ) -> int:
-    """Compare two saved reports: what became slower or faster, where, why, and which findings are new.
+    """Compare two reports, or two revisions: what became slower or faster, where, why, and which findings are new.
 
     \b
     Examples:
       fxroof diff base.json head.json
       fxroof diff base.json head.json --budget 'decode.tpot=12 ms' --budget 'memory.total=+2%'
-      fxroof diff base.json head.json -f markdown -o comment.md
+      fxroof diff --base main mymodel.py --gpu b200
+      fxroof diff --base origin/main -f terminal -f markdown=comment.md
 
-    Both are written by `fxroof analyze ... -f json=FILE`. Exit code 1 says that a budget is exceeded, a finding as
+    Reports are written by `fxroof analyze ... -f json=FILE`. With --base, everything that is no option of this command
+    is handed to `fxroof analyze`, once in a checkout of that revision and once here; both sides use the settings that
+    are here. Without budgets, no phase may take 2% longer. Exit code 1 says that a budget is broken, a finding as
     severe as --fail-on is new, or a phase can no longer be analysed.
     """  # noqa: D301  # \b is click's mark for text that must not be wrapped
-    _check_destination(output)
-    from .budgets import from_texts
+    outputs = _outputs(formats, output)
+    for _format, file in outputs:
+        _check_destination(file)
+    project = _project(ctx)
+    limits = _limits(budgets, project)
     from .diff import diff as compared
     from .render import _diff
-    from .report import read_report
+    from .report import read_report, to_json
 
-    budgets = from_texts(limits)
-    found = compared(read_report(base), read_report(head), budgets=budgets, fail_on=fail_on)
-    if format_ == "terminal":
-        shown = _diff.terminal(found, _options(output, top=top))
+    doubts: tuple[str, ...] = ()
+    if revision is not None:
+        before, after, doubts = _at_revisions(ctx, arguments, revision, head_revision, debug=debug)
+    elif head_revision is not None:
+        raise click.UsageError("--head names a revision: --base has to name one, too.", ctx)
+    elif len(arguments) != 2 or any(argument.startswith("-") for argument in arguments):
+        raise click.UsageError(
+            "Give two saved reports, as in: fxroof diff base.json head.json; or one, fxroof diff --base main.", ctx
+        )
     else:
-        shown = _diff.markdown(found) if format_ == "markdown" else _diff.as_json(found)
-    _deliver(shown, output)
-    return EXIT_FOUND if found.failing and not exit_zero else 0
+        before, after = (read_report(Path(argument)) for argument in arguments)
+    for name, report in (("base", before), ("head", after)):
+        if folder is not None and report is not None:
+            deliver(to_json(report), folder / f"{name}.json")
+    found = compared(before, after, budgets=limits, fail_on=fail_on, doubts=doubts)
+    for name, file in outputs:
+        deliver(_diff.FORMATS[name](found, after, options(file, top=top)), file)
+    if found.failing:
+        return 0 if exit_zero else EXIT_FOUND
+    return 0
+
+
+def _at_revisions(
+    ctx: click.Context, arguments: Sequence[str], base: str, head: str | None, *, debug: bool
+) -> tuple[Report | None, Report, tuple[str, ...]]:
+    """The reports of two revisions, None for a base that cannot be analysed, and why it cannot."""
+    from .report import is_report
+
+    named = next((argument for argument in arguments if is_report(Path(argument))), None)
+    if named is not None:
+        raise click.UsageError(f"{named} is a saved report: leave it out, or leave out --base.", ctx)
+    from .revisions import NotAnalysedError, analysed, checked_out
+
+    project = _project(ctx)
+    overlay = (project.file,) if project is not None else ()
+    handed = [*arguments, *(["--debug"] if debug else [])]
+    # the settings that are here are used on both sides; a checkout has them at their place
+    handed.append(f"--config={project.file.resolve()}" if project is not None else "--isolated")
+    with contextlib.ExitStack() as checkouts:
+
+        def folder_of(revision: str) -> Path:
+            return checkouts.enter_context(checked_out(revision, Path.cwd(), overlay=overlay))
+
+        before, after = folder_of(base), folder_of(head) if head is not None else Path.cwd()
+        print_note(f"fxroof: analysing {head or 'the files as they are'}")
+        found = analysed(handed, after, head or "the files as they are")
+        print_note(f"fxroof: analysing {base}")
+        try:
+            return analysed(handed, before, base), found, ()
+        except NotAnalysedError as error:
+            return None, found, (f"the base was not analysed: {error.message}",)
 
 
 @main.command()
@@ -626,15 +724,15 @@ def rule(name: str | None, format_: str, *, everything: bool) -> None:
     rules, _ = load_rules()
     chosen = selected(rules, Selection(select=(name,))) if name else rules
     if format_ == "json":
-        _deliver(_rules.as_json(chosen), None)
+        deliver(_rules.as_json(chosen), None)
     elif name or everything:
-        _deliver("\n".join(map(_rules.page, chosen)), None)
+        deliver("\n".join(map(_rules.page, chosen)), None)
     else:
-        _deliver(_rules.listing(chosen, _options(None)), None)
+        deliver(_rules.listing(chosen, options(None)), None)
 
 
 @main.command()
-@click.argument("name", required=False, shell_complete=_complete_gpu)
+@click.argument("name", required=False, shell_complete=complete_gpu)
 def gpus(name: str | None) -> None:
     """List the GPUs, or show all that is known of one.
 
@@ -647,36 +745,49 @@ def gpus(name: str | None) -> None:
     from ..hardware.catalog import CATALOG_VERSION, all_gpus, load
     from .render import _catalog
 
-    options = _options(None)
+    how = options(None)
     if name is None:
-        _deliver(_catalog.catalog(all_gpus(), CATALOG_VERSION, options), None)
+        deliver(_catalog.catalog(all_gpus(), CATALOG_VERSION, how), None)
     else:
         resolved = load(name)
-        _deliver(_catalog.part(resolved.gpu, resolved.note, options), None)
+        deliver(_catalog.part(resolved.gpu, resolved.note, how), None)
 
 
-def _known(baseline: Path | None) -> Counter[Entry] | None:
-    if baseline is None:
-        return None
-    from .baseline import read
-
-    return read(baseline)
+_SCENARIO = ("batch_size", "input_len", "output_len", "prefix_len", "chunk", "tp", "ep")
+"""Options of `analyze` that make a scenario."""
 
 
-def _saved_report(target: str) -> Report | None:
+def _situations(ctx: click.Context, project: Project | None, wanted: Sequence[str]) -> tuple[Scenario, ...]:
+    """The scenarios of the settings that are wanted, or the command line's; what is given there holds in each."""
+    chosen = {name: ctx.params[name] for name in _SCENARIO}
+    given = {name: value for name, value in chosen.items() if _was_given(ctx, name)}
+    known = {scenario.name: scenario for scenario in project.settings.scenarios} if project else {}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        names = f"Known: {', '.join(known)}." if known else "The settings name none."
+        raise click.UsageError(f"There is no scenario {unknown[0]!r}. {names}", ctx)
+    if not known:
+        return (Scenario(**chosen, lengths_given=not _LENGTHS.isdisjoint(given)),)
+    found = []
+    for name in dict.fromkeys(wanted or known):
+        own = {key: value for key in _SCENARIO if (value := getattr(known[name], key)) is not None} | given
+        found.append(Scenario(**{**chosen, **own}, name=name, lengths_given=not _LENGTHS.isdisjoint(own)))
+    return tuple(found)
+
+
+_LENGTHS = frozenset({"input_len", "output_len"})
+
+
+def _saved_report(targets: Sequence[str]) -> Report | None:
     """The report in a .json file, or None where that is something else."""
-    path = Path(target)
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    import msgspec
+    from .report import is_report, read_report
 
-    from .report import read_report
-
-    try:
-        head = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
-    except (OSError, msgspec.MsgspecError):
+    found = [Path(target) for target in targets if is_report(Path(target))]
+    if not found:
         return None
-    return read_report(path) if "schema_version" in head else None
+    if len(targets) > 1:
+        raise click.UsageError(f"{found[0]} is a saved report: give it alone, or two to `fxroof diff`.")
+    return read_report(found[0])
 
 
 _PRICING = (
@@ -707,17 +818,16 @@ def _repriced(ctx: click.Context, saved: Report, gpus: Sequence[str], selection:
 
 
 def _fails(report: Report, fail_on: str) -> bool:
-    """Whether a finding is as severe as that, or more."""
+    """Whether a budget is broken, or a finding is as severe as that, or more."""
+    if any(verdict.kept is False for verdict in report.verdicts):
+        return True
     order = ("error", "warning", "info")
     failing = order[: order.index(fail_on) + 1] if fail_on in order else ()
     return any(f.severity.value in failing and not f.suppressed for run in report.runs for f in run.findings)
 
 
 def _refuse_tracing_options(ctx: click.Context, target: str) -> None:
-    fixed = (
-        "batch_size", "input_len", "output_len", "prefix_len", "chunk", "tp", "ep", "dtype", "phase", "attention",
-        "init", "inputs", "assume", "trust_remote_code",
-    )  # fmt: skip
+    fixed = (*_SCENARIO, "scenarios", "dtype", "phase", "attention", "init", "inputs", "assume", "trust_remote_code")
     given = [param.opts[0] for param in ctx.command.params if param.name in fixed and _was_given(ctx, param.name)]
     if given:
         raise click.UsageError(
@@ -728,38 +838,7 @@ def _refuse_tracing_options(ctx: click.Context, target: str) -> None:
 
 
 def _was_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-
-
-def _options(output: Path | None, **chosen: Any) -> Options:
-    from rich.console import Console
-
-    from .render.registry import Options
-
-    to_file = output is not None and str(output) != "-"
-    console = Console()
-    forced = bool(os.environ.get("FORCE_COLOR"))
-    colour = console.is_terminal and not console.no_color and (forced or not to_file)
-    if console.is_terminal and not to_file and sys.stdout.isatty():
-        width = console.width
-    else:
-        columns = os.environ.get("COLUMNS", "")
-        width = int(columns) if columns.isascii() and columns.isdigit() and int(columns) else _WIDTH_OFF_TERMINAL
-    encoding = "utf-8" if to_file else (sys.stdout.encoding or "ascii")
-    return Options(
-        width=min(max(width, _LEAST_WIDTH), 1000),
-        colour=colour,
-        unicode=_encodes(encoding, "⠿µ━●"),
-        **chosen,
-    )
-
-
-def _encodes(encoding: str, text: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
+    return ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 def _outputs(formats: Sequence[tuple[str, Path | None]], output: Path | None) -> list[tuple[str, Path | None]]:
@@ -783,100 +862,6 @@ def _check_destination(output: Path | None) -> None:
         raise click.UsageError(f"-o {output}: there is no folder {folder}; create it first.")
     if not os.access(output if output.exists() else folder, os.W_OK):
         raise click.UsageError(f"-o {output}: no permission to write there.")
-
-
-def _deliver(text: str, output: Path | None) -> None:
-    if output is None or str(output) == "-":
-        encoding = sys.stdout.encoding or "utf-8"
-        try:
-            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has seen enough; click would make it exit code 1
-            _silence_stdout()
-        return
-    from .errors import ReportFileError
-
-    try:
-        _write_whole(output.resolve(), text)
-    except OSError as error:
-        raise ReportFileError(
-            f"{output}: cannot be written: {error.strerror or error}.",
-            "Nothing was left there; name another file.",
-        ) from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write all of a file or nothing: no reader sees half of it, and a failure leaves what was there."""
-    if path.exists() and not path.is_file():  # a device or a pipe: replacing it would destroy it
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
-        return
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-class _Progress:
-    """Says on standard error what is done, from the second second on: a status line, or lines off a terminal."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._message = ""
-        self._lock = threading.Lock()
-        self._shown = False
-        self._status: Status | None = None
-        self._timer = threading.Timer(1.0, self._show)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Progress:
-        if not self._quiet:
-            self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        with self._lock:
-            self._quiet = True
-            if self._status is not None:
-                self._status.stop()
-
-    def say(self, message: str) -> None:
-        """Take note of what is being done."""
-        with self._lock:
-            self._message = message
-            if self._shown:
-                self._write()
-
-    def _show(self) -> None:
-        with self._lock:
-            if not self._quiet:
-                self._shown = True
-                self._write()
-
-    def _write(self) -> None:
-        if not self._message or self._quiet:
-            return
-        if self._status is not None:
-            self._status.update(self._message)
-            return
-        console = _stderr()
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._status = console.status(self._message)
-            self._status.start()
-        else:
-            console.print(f"fxroof: {self._message}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _usage_error(error: click.UsageError) -> int:
@@ -906,25 +891,3 @@ def _unexpected(error: Exception, *, debug: bool) -> int:
 def _fail(message: str, hint: str = "") -> int:
     print_error(message, hint)
     return EXIT_STOPPED
-
-
-def print_error(message: str, hint: str = "") -> None:
-    """One message on standard error: what, where, and what to do about it."""
-    from rich.text import Text
-
-    console = _stderr()
-    with contextlib.suppress(BrokenPipeError):
-        for label, style, text in (("error: ", "bold red", message), ("hint: ", "bold", hint)):
-            if text:
-                line = Text.assemble((label, "" if console.no_color else style), _printable(text))
-                console.print(line, soft_wrap=True, highlight=False)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def _silence_stdout() -> None:
-    # the interpreter flushes stdout on exit and would complain about the closed pipe once more
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

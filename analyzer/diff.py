@@ -111,29 +111,53 @@ class Diff:
     warnings: tuple[str, ...] = field(default=())
 
 
-def diff(base: Report, head: Report, *, budgets: Sequence[Budget] = (), fail_on: str = "error") -> Diff:
+def diff(
+    base: Report | None,
+    head: Report,
+    *,
+    budgets: Sequence[Budget] = (),
+    fail_on: str = "error",
+    doubts: Sequence[str] = (),
+) -> Diff:
     """Compare two reports.
 
     Args:
-        base: before the change.
+        base: before the change; None where there is none, which makes all findings new and relative budgets unknown.
         head: after it.
         budgets: limits for the head; without any, no phase may take more than 2 % longer.
         fail_on: severity from which a new finding fails: `error`, `warning`, `info` or `never`.
+        doubts: what makes the comparison doubtful besides what the reports show.
     """
-    before, after = _titled(base, head)
+    before, after = ({}, _alone(head)) if base is None else _titled(base, head)
     at = {id(run): title for title, run in after.items()}
     bases = {index: before[at[id(run)]] for index, run in enumerate(head.runs) if at.get(id(run)) in before}
     verdicts = judge(head, tuple(budgets) or _default_budgets(), bases)
-    new = tuple(_only(after, before))
+    new = tuple(_only(after, before if base is not None else _bare(after)))
     return Diff(
         model=head.model.name,
         phases=tuple(_phases(before, after)),
         new=new,
         gone=tuple(_only(before, after)),
         verdicts=verdicts,
-        failing=(*_exceeded(verdicts), *_severe(new, fail_on), *_lost(base, head)),
-        warnings=tuple(_warnings(base, head, before, after)),
+        failing=(*_broken(verdicts), *_severe(new, fail_on), *_lost(base, head)),
+        warnings=(*doubts, *(_warnings(base, head, before, after) if base is not None else ())),
     )
+
+
+def only_new(found: Diff, head: Report) -> Report:
+    """The head's report with what a reviewer has to look at alone: new findings, and the comparison's verdicts."""
+    new = {id(change.finding) for change in found.new}
+    runs = (replace(run, findings=tuple(f for f in run.findings if id(f) in new), waterfall={}) for run in head.runs)
+    return replace(head, runs=tuple(runs), verdicts=found.verdicts)
+
+
+def _alone(report: Report) -> dict[str, Run]:
+    return {report.title(run): run for run in report.runs}
+
+
+def _bare(runs: dict[str, Run]) -> dict[str, Run]:
+    """The same runs as if nothing had been found."""
+    return {title: replace(run, findings=()) for title, run in runs.items()}
 
 
 def _titled(base: Report, head: Report) -> tuple[dict[str, Run], dict[str, Run]]:
@@ -244,10 +268,10 @@ def _only(here: dict[str, Run], there: dict[str, Run]) -> Iterator[FindingChange
                 yield FindingChange(run=title, finding=finding)
 
 
-def _exceeded(verdicts: Iterable[Verdict]) -> Iterator[str]:
+def _broken(verdicts: Iterable[Verdict]) -> Iterator[str]:
     for verdict in verdicts:
         if verdict.kept is False:
-            yield f"{verdict.budget.metric} exceeds {verdict.budget.text} on {verdict.run}"
+            yield f"{verdict.budget.metric} breaks {verdict.budget.text} on {verdict.run}"
 
 
 def _severe(new: Iterable[FindingChange], fail_on: str) -> Iterator[str]:
@@ -260,8 +284,8 @@ def _severe(new: Iterable[FindingChange], fail_on: str) -> Iterator[str]:
             yield f"new {found.severity.value} {found.code} at {place} on {change.run}"
 
 
-def _lost(base: Report, head: Report) -> Iterator[str]:
-    failed = {failure.phase for failure in base.failures}
+def _lost(base: Report | None, head: Report) -> Iterator[str]:
+    failed = {failure.phase for failure in base.failures} if base is not None else set()
     for failure in head.failures:
         if failure.phase not in failed:
             yield f"{failure.phase} can no longer be analysed: {failure.message}"

@@ -3,8 +3,9 @@
 A target's code runs in a box, see `box.py`; its graphs come back and are priced here.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..hardware.catalog import CATALOG_VERSION, Resolved
@@ -13,7 +14,7 @@ from . import box
 from .analysis import Coverage, PhaseAnalysis, analyze_phase, coverage
 from .collectives import summary as exchanged
 from .cost import Cost, operator_name
-from .errors import CoverageError, FxroofError
+from .errors import CoverageError, FxroofError, ReportFileError
 from .estimate import derating
 from .finding import Rule, Situation
 from .garbage import without_collection
@@ -48,6 +49,7 @@ def analyze(
     gpu: str | None = None,
     gpus: Sequence[str] = (),
     scenario: Scenario | None = None,
+    scenarios: Sequence[Scenario] = (),
     phase: str = "all",
     dtype: str = "as-is",
     attention: str = "sdpa",
@@ -64,7 +66,7 @@ def analyze(
     debug: bool = False,
     progress: Progress = lambda _: None,
 ) -> Report:
-    """Trace a model once and price it on every GPU.
+    """Build a model once, trace it in every scenario and price it on every GPU.
 
     Args:
         model: a target as on the command line; or a module (an fx.GraphModule is one too) or an exported program that
@@ -74,6 +76,7 @@ def analyze(
         gpu: catalogue key, device name or path to a TOML file.
         gpus: several of those.
         scenario: batch and lengths.
+        scenarios: several of those, each with a name of its own.
         phase: `prefill`, `decode`, `forward`, `encoder`, or `all` that the model has.
         dtype: `as-is`, `bf16`, `fp16` or `fp32`.
         attention: `sdpa` or `eager`, for transformers models.
@@ -98,15 +101,15 @@ def analyze(
         CatalogError: a GPU is unknown.
     """
     names = _gpu_names(gpu, gpus)
-    scenario = scenario or Scenario()
+    situations = _situations(scenario, scenarios)
     asked = _Asked(execution, selection or Selection(), least_saving)
     rules_of(asked.selection)  # a typing error should not cost a trace
     if not isinstance(model, str):
         resolved = [load_gpu(name) for name in names]  # before the slow part: a typing error should not cost a trace
         from .capture import from_live
 
-        frames, again = from_live(model, example_inputs, scenario, phase, dtype, assume)
-        return _priced(collect(frames, progress), resolved, asked, progress, again)
+        frames, again = from_live(model, example_inputs, situations[0], phase, dtype, assume)
+        return _priced_each(frames, situations, phase, resolved, asked, progress, again)
     if example_inputs is not None:
         raise FxroofError(
             f"{model}: example_inputs go with a module; this is the name of one.",
@@ -116,7 +119,7 @@ def analyze(
         target=model,
         init=init,
         inputs=tuple(inputs),
-        scenario=scenario,
+        scenario=situations[0],
         phase=phase,
         dtype=dtype,
         attention=attention,
@@ -129,11 +132,11 @@ def analyze(
         from .capture import from_request
 
         frames, again = from_request(request, debug=debug)
-        return _priced(collect(frames, progress), resolved, asked, progress, again)
+        return _priced_each(frames, situations, phase, resolved, asked, progress, again)
     limits = box.Limits(seconds=timeout, memory=memory_limit)
     with box.Box(request, limits=limits, debug=debug) as child:
         resolved = [load_gpu(name) for name in names]  # while the child imports torch
-        return _priced(collect(child.frames(), progress), resolved, asked, progress, child.again)
+        return _priced_each(child.frames(), situations, phase, resolved, asked, progress, child.again)
 
 
 def analyze_model(
@@ -165,13 +168,25 @@ def reprice(
     selection: Selection | None = None,
     least_saving: float = LEAST_SAVING,
 ) -> Report:
-    """The same graphs on other GPUs or in another execution; needs no torch. Errors as `analyze`."""
+    """The same graphs on other GPUs or in another execution; needs no torch. Errors as `analyze`.
+
+    Raises:
+        ReportFileError: the graphs are none that a trace gives.
+    """
     resolved = [load_gpu(name) for name in gpus]
     asked = _Asked(execution, selection or Selection(), least_saving)
-    return merged(
-        _priced(Collected(traced=traced, torch_version=report.torch_version), resolved, asked, _silent)
-        for traced in report.traces
-    )
+    try:
+        return merged(
+            _priced(Collected(traced=traced, torch_version=report.torch_version), resolved, asked, _silent)
+            for traced in report.traces
+        )
+    except FxroofError:
+        raise
+    except Exception as error:  # arguments that no operator takes: what they must be only its formula knows
+        raise ReportFileError(
+            f"The report's graphs cannot be priced: {type(error).__name__}: {error}.",
+            "Analyse the model itself again; if that happens with a new report too, please tell us.",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +216,45 @@ def _gpu_names(gpu: str | None, gpus: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def _situations(scenario: Scenario | None, scenarios: Sequence[Scenario]) -> tuple[Scenario, ...]:
+    found = (*((scenario,) if scenario else ()), *scenarios) or (Scenario(),)
+    names = [each.name for each in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise FxroofError(f"Two scenarios are called {twice!r}.", "Give each a name of its own.")
+    return found
+
+
 def _silent(_: str) -> None:
     pass
+
+
+def _priced_each(
+    frames: Iterable[Frame],
+    scenarios: Sequence[Scenario],
+    phase: str,
+    resolved: Sequence[Resolved],
+    asked: _Asked,
+    progress: Progress,
+    again: Again,
+) -> Report:
+    """The first scenario's frames priced, then those of the same model in each other scenario."""
+
+    def reports() -> Iterator[Report]:
+        for index, scenario in enumerate(scenarios):
+            named = f"{scenario.name}: " if len(scenarios) > 1 else ""
+            say = partial(_say, progress, named)
+            try:
+                found = collect(frames if index == 0 else again(Question(scenario=scenario, phase=phase)), say)
+                yield _priced(found, resolved, asked, say, again)
+            except FxroofError as error:
+                raise type(error)(f"{named}{error.message}", error.hint) from error
+
+    return merged(reports())
+
+
+def _say(progress: Progress, named: str, message: str) -> None:
+    progress(f"{named}{message}")
 
 
 def _priced(
@@ -286,17 +338,7 @@ def _run(traced: Traced, resolved: Resolved, asked: _Asked, retraced: _Retraced)
     )
     return Run(
         scenario=scenario,
-        gpu=GpuInfo(
-            key=gpu.key,
-            name=gpu.name,
-            note=resolved.note or "",
-            memory_bandwidth=float(gpu.memory_bandwidth),
-            memory_bytes=gpu.memory_usable_bytes,
-            cache_bytes=gpu.cache_bytes or 0,
-            matmul_peaks={dtype: float(peak) for dtype, peak in gpu.tensor.items()},
-            ridges={dtype: ridge for dtype in gpu.tensor if (ridge := gpu.ridge(dtype)) is not None},
-            confidence=gpu.confidence,
-        ),
+        gpu=gpu_info(resolved),
         coverage=covered,
         phases=phases,
         assumptions=tuple(_assumptions(graphs, analysed, resolved)),
@@ -307,6 +349,22 @@ def _run(traced: Traced, resolved: Resolved, asked: _Asked, retraced: _Retraced)
         memory=needed,
         serving=serving(phases, scenario),
         derating=derating(gpu).figures,
+    )
+
+
+def gpu_info(resolved: Resolved) -> GpuInfo:
+    """A part as reports show it."""
+    gpu = resolved.gpu
+    return GpuInfo(
+        key=gpu.key,
+        name=gpu.name,
+        note=resolved.note or "",
+        memory_bandwidth=float(gpu.memory_bandwidth),
+        memory_bytes=gpu.memory_usable_bytes,
+        cache_bytes=gpu.cache_bytes or 0,
+        matmul_peaks={dtype: float(peak) for dtype, peak in gpu.tensor.items()},
+        ridges={dtype: ridge for dtype in gpu.tensor if (ridge := gpu.ridge(dtype)) is not None},
+        confidence=gpu.confidence,
     )
 
 

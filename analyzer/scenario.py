@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass
 
+MOST_SEQUENCES = 1_000_000
+MOST_TOKENS = 10_000_000
+MOST_GPUS = 1024
+MOST_SECONDS = 10_000_000
+"""More than anybody means: what is beyond is a typing error."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:

@@ -133,7 +133,8 @@ def test_a_saved_report_is_shown_as_it_is_without_a_gpu(saved, sample_file):
 def test_lengths_are_marked_as_given_only_when_they_are(monkeypatch):
     seen = []
 
-    def stub(target, *, scenario, **_):
+    def stub(target, *, scenarios, **_):
+        (scenario,) = scenarios
         seen.append((scenario.input_len, scenario.output_len, scenario.lengths_given))
         return report()
 
@@ -207,6 +208,7 @@ def test_ctrl_c_exits_130_and_leaves_no_child(tmp_path):
     command = [sys.executable, "-m", "fxroof.analyzer", "analyze", "slow.py", "--gpu", "b200", "-o", "out.txt"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as caller:
         while not (note.exists() and note.read_text()):
+            assert caller.poll() is None, caller.stderr.read().decode()
             time.sleep(0.05)
         caller.send_signal(signal.SIGINT)
         complaint = caller.stderr.read().decode()
@@ -298,7 +300,7 @@ def test_a_file_that_gives_no_model_exits_2(content, message, tmp_path):
     [
         ('{"schema_version": 99, "runs": []}', "schema version 99"),
         ('{"schema_version": 4, "runs": []}', "damaged report"),
-        ('{"schema_version": 1}', "not an fxroof report"),
+        ('{"schema_version": 1}', "of an older fxroof"),
     ],
 )
 def test_a_saved_report_that_cannot_be_used_exits_2(content, message, tmp_path):

@@ -36,9 +36,21 @@ def test_options_in_the_readme_exist() -> None:
     from click.testing import CliRunner
     from fxroof.analyzer.cli import main
 
-    known = "".join(CliRunner().invoke(main, [name, "--help"]).output for name in ("analyze", "diff", "baseline"))
+    known = "".join(
+        CliRunner().invoke(main, [name, "--help"]).output for name in ("analyze", "diff", "baseline", "init")
+    )
     for option in set(re.findall(r"--[a-z][a-z-]+", README.read_text(encoding="utf-8"))):
         assert option in known or option in ("--debug", "--dist"), option
+
+
+def test_settings_in_the_readme_are_read(tmp_path: Path) -> None:
+    from fxroof.analyzer.config import read
+
+    blocks = re.findall(r"```toml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "fxroof.toml").write_text(block)
+        assert read(tmp_path / "fxroof.toml").settings.targets
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
