@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from .clocked import Order
 from .errors import BoxError, TargetError
 from .handover import BUILDING, WORKER, Finished, Frame, Job, Progress, Question, Refused, stack_signal
 from .places import is_users, shown
@@ -52,18 +53,19 @@ class Limits:
 
 
 class Box:
-    """A child process that builds and traces: enter to start it, leave to be rid of it.
+    """A child process that builds and traces, and runs if there is an order: enter to start it, leave to be rid of it.
 
     Raises:
         BoxError: on entering: the child cannot be started.
         TargetError: on entering: this process is itself the child of a box.
     """
 
-    def __init__(self, request: Request, *, limits: Limits, debug: bool = False) -> None:
+    def __init__(self, request: Request, *, limits: Limits, debug: bool = False, order: Order | None = None) -> None:
         self._target = request.target
         self._request = request
         self._limits = limits
         self._debug = debug
+        self._order = order
         self._secret = secrets.token_hex(16)
         self._doing = ""
         self._finished = False
@@ -168,6 +170,7 @@ class Box:
             places=places_end,
             parent=os.getpid(),
             debug=self._debug,
+            order=self._order,
         )
         try:
             told = msgspec.json.encode(job)
@@ -185,7 +188,7 @@ class Box:
         except OSError as error:
             raise BoxError(f"{sys.executable or 'Python'} cannot be started: {error.strerror}.") from error
         assert child.stdin is not None  # noqa: S101  # narrows the types of what PIPE gives
-        assert child.stdout is not None  # noqa: S101
+        assert child.stdout is not None  # noqa: S101  # as above
         self._noise = child.stdout
         with contextlib.suppress(BrokenPipeError), child.stdin:
             child.stdin.write(told)
@@ -258,8 +261,7 @@ class Box:
             raise BoxError(
                 f"{self._target}: stopped{self._while()}{self._place()}: its process held {held / 1e9:.1f} GB, "
                 f"more than the limit of {self._memory / 1e9:.1f} GB.",
-                "Weights take no memory in fxroof: look for data that this line loads or computes. "
-                "--memory-limit sets another limit.",
+                f"{_WHAT_TAKES_IT if self._order is None else ''}--memory-limit sets another limit.",
             )
 
     def _too_slow(self) -> BoxError:
@@ -303,6 +305,9 @@ class Box:
         stack = os.read(self._places, _CHUNK).decode("utf-8", "replace")
         frames = re.findall(r'^  File "(.+)", line (\d+) in ', stack, re.MULTILINE)
         return next((f" at {shown(file)}:{line}" for file, line in frames if is_users(file)), "")
+
+
+_WHAT_TAKES_IT = "Weights take no memory in fxroof: look for data that this line loads or computes. "
 
 
 def _refuse_a_box_in_a_box(target: str) -> None:

@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.export import ExportedProgram
 from .caches import cache_growth
 from .errors import FxroofError, TargetError, TraceError, WorkloadError
 from .garbage import without_collection
-from .graph import Graph
 from .handover import BUILDING, Again, Failure, Frame, Opened, PhaseFailed, PhaseTraced, Progress, Question, as_failure
 from .load import Model, from_module, from_program, load
 from .meta import tracing
@@ -37,8 +36,14 @@ from .workload import Program, Workload, plan
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 
-def from_request(request: Request, *, debug: bool = False) -> tuple[Iterator[Frame], Again]:
+Work = Callable[[Model, Program], Iterable[Frame]]
+"""What is done with each phase that is ready to trace."""
+
+
+def from_request(request: Request, *, debug: bool = False, work: Work | None = None) -> tuple[Iterator[Frame], Again]:
     """Frames of a target as named on the command line, and of the same model when it is asked for again.
+
+    Without `work` each phase is traced.
 
     Raises, while the frames are made:
         FxroofError: the model cannot be built, or no phase has inputs.
@@ -59,7 +64,13 @@ def from_request(request: Request, *, debug: bool = False) -> tuple[Iterator[Fra
             os.chdir(here)  # a file may change it, and source lines are shown relative to where the user is
             built.append(model)
             yield from from_model(
-                model, request.scenario, request.phase, inputs=request.inputs, assume=request.assume, debug=debug
+                model,
+                request.scenario,
+                request.phase,
+                inputs=request.inputs,
+                assume=request.assume,
+                debug=debug,
+                work=work,
             )
         except SystemExit as error:
             raise ended(request.target, error) from error
@@ -122,8 +133,10 @@ def from_model(
     inputs: Sequence[str] = (),
     assume: Sequence[str] = (),
     debug: bool = False,
+    work: Work | None = None,
 ) -> Iterator[Frame]:
     """Frames of a loaded model. Errors as above."""
+    work = work or _traced
     figures = _figures(model)
     with without_collection(), assuming(frozenset(assume)), contextlib.ExitStack() as shared:
         sharding, workload, failures = _planned_for_all(model, scenario, phase, inputs, shared)
@@ -139,7 +152,7 @@ def from_model(
             name = program.phase.name
             yield Progress(f"tracing {name}")
             try:
-                yield PhaseTraced(_traced(program))
+                yield from work(model, program)
             except (Exception, SystemExit) as error:
                 if debug:
                     traceback.print_exception(error)
@@ -270,8 +283,9 @@ def _planned_apart(model: Model, scenario: Scenario, reason: str) -> tuple[list[
     return found, failures
 
 
-def _traced(program: Program) -> Graph:
-    return trace(program.module, program.args, phase=program.phase, cache=program.cache, prefix=program.prefix)
+def _traced(_: Model, program: Program) -> Iterator[Frame]:
+    module, args, phase = program.module, program.args, program.phase
+    yield PhaseTraced(trace(module, args, phase=phase, cache=program.cache, prefix=program.prefix))
 
 
 def _figures(model: Model) -> ModelInfo:

@@ -167,8 +167,110 @@ def _limits(texts: Sequence[str], project: Project | None) -> tuple[Budget, ...]
     return from_texts(texts) if texts or project is None else project.budgets
 
 
+def _sized(command: _Command) -> _Command:
+    """Options that say how many sequences there are, and how long."""
+    for option in (
+        click.option(
+            "--chunk",
+            type=click.IntRange(0, MOST_TOKENS),
+            default=0,
+            show_default=True,
+            help="Prefill in chunks of at most so many tokens a sequence; 0 for all at once.",
+        ),
+        click.option(
+            "--prefix-len",
+            type=click.IntRange(0, MOST_TOKENS),
+            default=0,
+            show_default=True,
+            help="Tokens of the prompt whose KV cache is there already; prefill computes the others.",
+        ),
+        click.option(
+            "--output-len",
+            type=click.IntRange(1, MOST_TOKENS),
+            default=256,
+            show_default=True,
+            help="Tokens generated for each; decode is priced at a context of input + output / 2.",
+        ),
+        click.option(
+            "--input-len",
+            type=click.IntRange(1, MOST_TOKENS),
+            default=2048,
+            show_default=True,
+            help="Prompt tokens of each.",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1, MOST_SEQUENCES),
+            default=1,
+            show_default=True,
+            help="Sequences in flight.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _built(command: _Command) -> _Command:
+    """Options that say how a model is built and run."""
+    for option in (
+        click.option(
+            "--memory-limit",
+            type=SIZE,
+            metavar="SIZE",
+            help="Memory that it may take, such as 16GB; 0 for no limit.  [default: 80% of this machine's]",
+        ),
+        click.option(
+            "--timeout",
+            type=click.IntRange(0, MOST_SECONDS),
+            default=600,
+            show_default=True,
+            metavar="SECONDS",
+            help="Time that building and tracing the model may take; 0 for no limit.",
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that a model repository brings."),
+        click.option(
+            "--assume",
+            type=click.Choice(["balanced-routing"]),
+            multiple=True,
+            help="What may be assumed of data where control flow depends on it.",
+        ),
+        click.option(
+            "--input",
+            "inputs",
+            multiple=True,
+            metavar="NAME=SHAPE[:DTYPE]",
+            help="Input of forward, such as x=1x3x224x224:bf16; repeat for each.",
+        ),
+        click.option(
+            "--init", metavar="TEXT", default="", help="Expression that builds the model: 'Model(Args(dim=4096))'."
+        ),
+        click.option(
+            "--attention",
+            type=click.Choice(["sdpa", "eager"]),
+            default="sdpa",
+            show_default=True,
+            help="Attention implementation of transformers models.",
+        ),
+        click.option(
+            "--phase",
+            type=click.Choice(["prefill", "decode", "forward", "encoder", "all"]),
+            default="all",
+            show_default=True,
+            help="What to analyse: all that the model has, or one.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["as-is", "bf16", "fp16", "fp32"]),
+            default="as-is",
+            show_default=True,
+            help="Type to convert floating-point weights to.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
-@_with_settings
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option(
     "--gpu",
@@ -185,41 +287,7 @@ def _limits(texts: Sequence[str], project: Project | None) -> tuple[Budget, ...]
     metavar="NAME",
     help="Scenario of the settings; repeat for several.  [default: all of them]",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, MOST_SEQUENCES),
-    default=1,
-    show_default=True,
-    help="Sequences in flight.",
-)
-@click.option(
-    "--input-len",
-    type=click.IntRange(1, MOST_TOKENS),
-    default=2048,
-    show_default=True,
-    help="Prompt tokens of each.",
-)
-@click.option(
-    "--output-len",
-    type=click.IntRange(1, MOST_TOKENS),
-    default=256,
-    show_default=True,
-    help="Tokens generated for each; decode is priced at a context of input + output / 2.",
-)
-@click.option(
-    "--prefix-len",
-    type=click.IntRange(0, MOST_TOKENS),
-    default=0,
-    show_default=True,
-    help="Tokens of the prompt whose KV cache is there already; prefill computes the others.",
-)
-@click.option(
-    "--chunk",
-    type=click.IntRange(0, MOST_TOKENS),
-    default=0,
-    show_default=True,
-    help="Prefill in chunks of at most so many tokens a sequence; 0 for all at once.",
-)
+@_sized
 @click.option(
     "--tp",
     type=click.IntRange(1, MOST_GPUS),
@@ -234,62 +302,13 @@ def _limits(texts: Sequence[str], project: Project | None) -> tuple[Budget, ...]
     show_default=True,
     help="GPUs that share the experts, each holding some whole; alone, or as many as --tp.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["as-is", "bf16", "fp16", "fp32"]),
-    default="as-is",
-    show_default=True,
-    help="Type to convert floating-point weights to.",
-)
-@click.option(
-    "--phase",
-    type=click.Choice(["prefill", "decode", "forward", "encoder", "all"]),
-    default="all",
-    show_default=True,
-    help="What to analyse: all that the model has, or one.",
-)
-@click.option(
-    "--attention",
-    type=click.Choice(["sdpa", "eager"]),
-    default="sdpa",
-    show_default=True,
-    help="Attention implementation of transformers models.",
-)
+@_built
 @click.option(
     "--execution",
     type=click.Choice(["eager", "compiled"]),
     default="eager",
     show_default=True,
     help="Whose kernels are shown in detail: PyTorch's op by op, or a fusing compiler's. Both are summed up.",
-)
-@click.option("--init", metavar="TEXT", default="", help="Expression that builds the model: 'Model(Args(dim=4096))'.")
-@click.option(
-    "--input",
-    "inputs",
-    multiple=True,
-    metavar="NAME=SHAPE[:DTYPE]",
-    help="Input of forward, such as x=1x3x224x224:bf16; repeat for each.",
-)
-@click.option(
-    "--assume",
-    type=click.Choice(["balanced-routing"]),
-    multiple=True,
-    help="What may be assumed of data where control flow depends on it.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run code that a model repository brings.")
-@click.option(
-    "--timeout",
-    type=click.IntRange(0, MOST_SECONDS),
-    default=600,
-    show_default=True,
-    metavar="SECONDS",
-    help="Time that building and tracing the model may take; 0 for no limit.",
-)
-@click.option(
-    "--memory-limit",
-    type=SIZE,
-    metavar="SIZE",
-    help="Memory that it may take, such as 16GB; 0 for no limit.  [default: 80% of this machine's]",
 )
 @click.option(
     "--select",
@@ -339,6 +358,7 @@ def _limits(texts: Sequence[str], project: Project | None) -> tuple[Budget, ...]
     help="Output format; =FILE writes it there; may be repeated.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write instead of standard output.")
+@_with_settings
 @click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure, and library warnings.")
 @click.pass_context
@@ -535,6 +555,146 @@ def init(
     beside = os.path.relpath(there, output.resolve().parent) if there.exists() else target
     deliver(settings_text(beside, report, init), output)
     print_note(f"{output} written. Now: fxroof analyze")
+
+
+@main.command()
+@click.argument("target")
+@click.option(
+    "--gpu",
+    default="",
+    metavar="NAME",
+    shell_complete=complete_gpu,
+    help="GPU to hold it against, or a TOML file.  [default: the catalogue's part of the device's name; on a CPU, what "
+    "a quick calibration finds]",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="cuda, cuda:1, cpu; auto takes CUDA where there is one."
+)
+@_sized
+@_built
+@click.option("--compile", "compiled", is_flag=True, help="Also run what torch.compile makes of it.")
+@click.option(
+    "--runs", type=click.IntRange(3, 10_000), default=20, show_default=True, help="Times that each phase is run."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.0, MOST_SECONDS),
+    default=20.0,
+    show_default=True,
+    help="Time after which no further run of a phase begins.",
+)
+@click.option("--threads", type=click.IntRange(0, 4096), default=0, help="Threads of a CPU.  [default: torch's]")
+@click.option("--no-kernels", is_flag=True, help="Time phases alone, not their ops.")
+@click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="Rows of the table of ops.")
+@click.option(
+    "-f", "--format", "format_", type=click.Choice(["terminal", "json"]), default="terminal", show_default=True
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write instead of standard output.")
+@_with_settings
+@click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure, and library warnings.")
+@click.pass_context
+def measure(
+    ctx: click.Context,
+    /,
+    target: str,
+    gpu: str,
+    device: str,
+    dtype: str,
+    phase: str,
+    attention: str,
+    init: str,
+    inputs: tuple[str, ...],
+    assume: tuple[str, ...],
+    timeout: int,
+    memory_limit: int | None,
+    runs: int,
+    seconds: float,
+    threads: int,
+    top: int,
+    format_: str,
+    output: Path | None,
+    *,
+    trust_remote_code: bool,
+    compiled: bool,
+    no_kernels: bool,
+    quiet: bool,
+    debug: bool,
+    **_: object,
+) -> int:
+    """Run a model on this machine, and hold what it takes against its bound and its estimate, op by op.
+
+    \b
+    Examples:
+      fxroof measure mymodel.py
+      fxroof measure mymodel.py --device cpu --gpu ./mycpu.toml --input-len 128
+      fxroof measure path/to/llama-3-8b --compile -f json -o measured.json
+
+    Weights are random; the model's code runs in a process of its own, as in analyze. docs/measure.md says how.
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+    _check_destination(output)
+    from .clocked import Order
+    from .measure import measure as measured
+    from .measured import to_json
+    from .render._measured import terminal
+    from .request import Request
+
+    (scenario,) = _situations(ctx, None, ())
+    request = Request(
+        target=target,
+        init=init,
+        inputs=inputs,
+        scenario=scenario,
+        phase=phase,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        assume=assume,
+    )
+    order = Order(
+        device=device,
+        gpu=gpu,
+        runs=runs,
+        seconds=seconds,
+        compile=compiled,
+        kernels=not no_kernels,
+        threads=threads,
+    )
+    with Progress(quiet=quiet) as progress:
+        found = measured(request, order, timeout=timeout, memory_limit=memory_limit, debug=debug, progress=progress.say)
+    deliver(to_json(found) if format_ == "json" else terminal(found, options(output, top=top)), output)
+    for failure in found.failures:
+        print_error(f"{failure.phase} was not measured: {failure.message}", failure.hint)
+    return EXIT_STOPPED if found.failures else 0
+
+
+@main.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="TOML file to write instead of standard output.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cuda, cuda:1, cpu; auto takes CUDA where there is one."
+)
+@click.option("--quick", is_flag=True, help="Some ten seconds in place of a minute.")
+@click.option("--threads", type=click.IntRange(0, 4096), default=0, help="Threads of a CPU.  [default: torch's]")
+@click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of a failure.")  # read where failures are told
+def calibrate(output: Path | None, device: str, threads: int, *, quick: bool, quiet: bool, debug: bool) -> None:  # noqa: ARG001  # as above
+    """Measure this machine: bandwidth, matmul rates, cache, launches. The file is one that --gpu takes.
+
+    \b
+    Examples:
+      fxroof calibrate -o mygpu.toml
+      fxroof analyze mymodel.py --gpu ./mygpu.toml
+    """  # noqa: D301  # \b is click's mark for text that must not be wrapped
+    _check_destination(output)
+    with Progress(quiet=quiet) as progress:
+        progress.say("importing torch")
+        from .calibrate import FULL, QUICK, to_toml
+        from .calibrate import calibrate as calibrated
+        from .clock import device_of, on_threads
+
+        with on_threads(threads):
+            found = calibrated(device_of(device), QUICK if quick else FULL, progress.say)
+    deliver(to_toml(found), output)
 
 
 @main.group()
@@ -759,7 +919,7 @@ _SCENARIO = ("batch_size", "input_len", "output_len", "prefix_len", "chunk", "tp
 
 def _situations(ctx: click.Context, project: Project | None, wanted: Sequence[str]) -> tuple[Scenario, ...]:
     """The scenarios of the settings that are wanted, or the command line's; what is given there holds in each."""
-    chosen = {name: ctx.params[name] for name in _SCENARIO}
+    chosen = {name: ctx.params[name] for name in _SCENARIO if name in ctx.params}
     given = {name: value for name, value in chosen.items() if _was_given(ctx, name)}
     known = {scenario.name: scenario for scenario in project.settings.scenarios} if project else {}
     unknown = [name for name in wanted if name not in known]

@@ -38,6 +38,7 @@ class Derating:
             published.
         attention: share of the matmul peak in fused attention.
         vector: share of the peak of vector and special-function units.
+        special: exponentials and the like a second; None where they were not measured.
         l2_bandwidth: byte/s; None where nothing is known of the part.
         l2_bytes: bytes of cache that every multiprocessor can count on.
         latency: seconds of a kernel that does nothing.
@@ -53,6 +54,7 @@ class Derating:
     misaligned: Derated | None
     attention: Derated
     vector: Derated
+    special: Derated | None
     l2_bandwidth: Derated | None
     l2_bytes: Derated
     latency: Derated
@@ -71,6 +73,7 @@ class Derating:
             *((self.misaligned,) if self.misaligned else ()),
             self.attention,
             self.vector,
+            *((self.special,) if self.special else ()),
             *((self.l2_bandwidth,) if self.l2_bandwidth else ()),
             self.l2_bytes,
             self.latency,
@@ -92,6 +95,7 @@ def derating(gpu: Gpu) -> Derating:
         misaligned=_misaligned_share(gpu),
         attention=_share("fused attention", 0.71, "FlashAttention-4 on B200: 1605 of 2250 TFLOP/s"),
         vector=_share("vector units", 0.8, "assumed"),
+        special=_special(gpu),
         l2_bandwidth=_l2_bandwidth(gpu),
         l2_bytes=Derated(
             name="cache",
@@ -100,29 +104,29 @@ def derating(gpu: Gpu) -> Derating:
             source="half: each partition keeps its own copy" if halved else "all of it",
         ),
         latency=_latency(gpu),
-        memory_latency=Derated(
-            name="memory latency",
-            unit="s",
-            value=3e-6,
-            source="aiconfigurator, all NVIDIA parts; gpt-fast's decode fits it",
+        memory_latency=_overhead(
+            gpu,
+            "memory_latency",
+            "memory latency",
+            3e-6,
+            "aiconfigurator, all NVIDIA parts; gpt-fast's decode fits it",
         ),
-        launch=Derated(
-            name="launch of an op",
-            unit="s",
-            value=8e-6,
-            source="eager PyTorch, 5 to 10 µs: pytorch#41383, FlagGems#4812",
+        launch=_overhead(
+            gpu, "launch", "launch of an op", 8e-6, "eager PyTorch, 5 to 10 µs: pytorch#41383, FlagGems#4812"
         ),
-        launch_again=Derated(
-            name="launch of its further kernels",
-            unit="s",
-            value=5e-6,
-            source="eager PyTorch without Python: pytorch#41383",
+        launch_again=_overhead(
+            gpu,
+            "launch_again",
+            "launch of its further kernels",
+            5e-6,
+            "eager PyTorch without Python: pytorch#41383",
         ),
-        read_back=Derated(
-            name="reading a value back",
-            unit="s",
-            value=10e-6,
-            source="assumed: a copy into pageable memory, and the host waking up",
+        read_back=_overhead(
+            gpu,
+            "read_back",
+            "reading a value back",
+            10e-6,
+            "assumed: a copy into pageable memory, and the host waking up",
         ),
     )
 
@@ -155,7 +159,7 @@ def busy(cost: Cost, read: float, written: float, moved: float, gpu: Gpu, reache
     lanes = Lanes(
         tensor=tensor,
         vector=vector,
-        special=cost.special / (special_rate(gpu) * reached.vector.value) if gpu.special_per_second else 0.0,
+        special=_special_seconds(cost, gpu, reached),
         memory=(read + written) / (gpu.memory_bandwidth * share.value),
         l2=max(moved / l2_rate, tiles) if l2_rate else 0.0,
         link=expected(cost.exchange, gpu).seconds if cost.exchange else 0.0,
@@ -163,6 +167,12 @@ def busy(cost: Cost, read: float, written: float, moved: float, gpu: Gpu, reache
     waiting = reached.latency.value + (reached.memory_latency.value if 2 * (read + written) > moved else 0.0)
     # what is expected of an exchange has the latency of its steps in it
     return Busy(lanes, lanes.slowest[0] + (0.0 if cost.exchange else waiting))
+
+
+def _special_seconds(cost: Cost, gpu: Gpu, reached: Derating) -> float:
+    if not gpu.special_per_second:
+        return 0.0
+    return cost.special / (reached.special.value if reached.special else special_rate(gpu) * reached.vector.value)
 
 
 def _matmul_seconds(
@@ -229,11 +239,24 @@ def _share(of: str, value: float, source: str, dtype: str = "") -> Derated:
     return Derated(name=of, value=value, source=source, dtype=dtype)
 
 
+def _overhead(gpu: Gpu, key: str, name: str, usual: float, source: str) -> Derated:
+    own = gpu.overheads.get(key)
+    return Derated(name=name, unit="s", value=own or usual, source=_OWN if own else source)
+
+
+_OWN = "measured, see the part's file"
+
+
+def _special(gpu: Gpu) -> Derated | None:
+    rate = gpu.special_measured
+    return Derated(name="special functions", unit="1/s", value=rate, source=_OWN) if rate else None
+
+
 def _memory_shares(gpu: Gpu) -> tuple[Derated, Derated]:
     read, triad = gpu.achieved.get("memory_read"), gpu.achieved.get("memory_triad")
     usual, source = _usual_memory_share(gpu)
     if read or triad:
-        source = "measured on this part (gpu-benches stream)"
+        source = _OWN
     return (
         _share("memory when reading", read or triad or usual, source),
         _share("memory when writing too", triad or read or usual, source),
@@ -254,7 +277,7 @@ def _matmul_share(gpu: Gpu, dtype: str) -> Derated:
     of = f"{dtype} products"
     own = gpu.achieved.get(f"tensor_{dtype}")
     if own:
-        return _share(of, own, "best shape measured on this part, see its catalogue entry", dtype)
+        return _share(of, own, _OWN, dtype)
     others = [value for name, value in gpu.achieved.items() if name.startswith("tensor_")]
     if others:
         return _share(of, others[0], "another dtype's, measured on this part", dtype)
@@ -274,7 +297,7 @@ def _misaligned_share(gpu: Gpu) -> Derated | None:
 def _l2_bandwidth(gpu: Gpu) -> Derated | None:
     name, unit = "L2", "B/s"
     if gpu.l2_bandwidth_measured:
-        return Derated(name=name, unit=unit, value=float(gpu.l2_bandwidth_measured), source="measured (gpu-benches)")
+        return Derated(name=name, unit=unit, value=float(gpu.l2_bandwidth_measured), source=_OWN)
     if gpu.l2_bandwidth:
         return Derated(
             name=name, unit=unit, value=0.75 * gpu.l2_bandwidth, source="0.75 of the peak, as an A100 (gpu-benches)"
@@ -294,8 +317,7 @@ def _l2_bandwidth(gpu: Gpu) -> Derated | None:
 def _latency(gpu: Gpu) -> Derated:
     name, unit = "kernel latency", "s"
     if gpu.kernel_latency:
-        source = "measured on this part (gpu-benches, small kernels in a graph)"
-        return Derated(name=name, unit=unit, value=gpu.kernel_latency, source=source)
+        return Derated(name=name, unit=unit, value=gpu.kernel_latency, source=_OWN)
     source = "GH200's; others 1.0 to 2.0 µs (gpu-benches, small kernels in a graph)"
     return Derated(name=name, unit=unit, value=1.3e-6, source=source)
 

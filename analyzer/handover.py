@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from .clocked import Clocked, Order
 from .errors import FxroofError
 from .graph import Graph
 from .report import ModelInfo, PhaseFailure, Traced
@@ -63,6 +64,18 @@ class PhaseFailed(msgspec.Struct, frozen=True, tag=True):
     failure: Failure
 
 
+class PhaseClocked(msgspec.Struct, frozen=True, tag=True):
+    """What a phase took when it was run."""
+
+    clocked: Clocked
+
+
+class Calibrated(msgspec.Struct, frozen=True, tag=True):
+    """What the machine was found to do, as the text of a TOML file of the catalogue's kind."""
+
+    toml: str
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """The end: nothing more can be handed over, and why."""
 
@@ -73,7 +86,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     """The end: everything was handed over."""
 
 
-Frame = Progress | Opened | PhaseTraced | PhaseFailed | Refused | Finished
+Frame = Progress | Opened | PhaseTraced | PhaseFailed | PhaseClocked | Calibrated | Refused | Finished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +119,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         places: file descriptor to write the stack to when signalled.
         parent: process id of the box's owner, without which the child has no reason to live.
         debug: show tracebacks and the warnings of libraries.
+        order: how to run the phases; None where they are only traced.
     """
 
     request: Request
@@ -115,6 +129,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     places: int
     parent: int
     debug: bool
+    order: Order | None = None
 
 
 def stack_signal() -> signal.Signals:

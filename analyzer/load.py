@@ -284,7 +284,7 @@ def _config_content(place: str, transformers: Any) -> dict[str, Any]:
         raise TargetError(f"{file}: no such file.", "A folder target must hold a transformers config.json.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TargetError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict) or not (content.get("model_type") or content.get("architectures")):
         raise TargetError(f"{file}: neither a saved fxroof report nor a transformers config (it has no model_type).")

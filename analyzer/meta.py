@@ -13,6 +13,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -238,6 +239,20 @@ def tracing(residence: Residence | None = None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def keeping() -> Iterator[dict[str, torch.Tensor]]:
+    """Values of small buffers that `on_meta` takes away, by name, for whoever runs the model for real."""
+    kept: dict[str, torch.Tensor] = {}
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+_kept: ContextVar[dict[str, torch.Tensor] | None] = ContextVar("kept", default=None)
+
+
 def on_meta(module: nn.Module, *, owned: bool = False) -> nn.Module:
     """The module with every tensor on meta, ties and views of one storage kept.
 
@@ -250,6 +265,14 @@ def on_meta(module: nn.Module, *, owned: bool = False) -> nn.Module:
             memo[id(tensor)] = _meta_like(tensor, storages)
     if not memo:
         return module
+    if (kept := _kept.get()) is not None:
+        for path, child in module.named_modules():
+            held = {**child._buffers, **vars(child)}
+            kept |= {
+                f"{path}.{name}": value
+                for name, value in held.items()
+                if isinstance(value, torch.Tensor) and not value.is_meta and value.numel() <= SMALL
+            }
     if not owned:
         return copy.deepcopy(module, dict(memo))
     for child in module.modules():

@@ -36,7 +36,12 @@ def main() -> NoReturn:
         _import_what_tracing_needs()
         from .capture import ended, from_request
 
-        frames, again = from_request(job.request, debug=job.debug)
+        if job.order is None:
+            frames, again = from_request(job.request, debug=job.debug)
+        else:
+            from .clock import from_order
+
+            frames, again = from_order(job.request, job.order, debug=job.debug)
         _hand_over(frames, send)
         with open(job.questions, "rb") as questions:  # noqa: PTH123  # a file descriptor is all there is
             for line in questions:

@@ -111,6 +111,9 @@ class Gpu:
         link_bandwidth: Device-to-device links of this device together, one direction, byte/s.
         host_bandwidth: Host link (C2C, else PCIe), one direction, byte/s.
         kernel_latency: Seconds of a tiny kernel among others in a CUDA or HIP graph, measured.
+        special_measured: Exponentials and the like per second as measured: for estimates, never for bounds.
+        overheads: Measured seconds: `launch` of an op by the host, `launch_again` of its further kernels,
+            `memory_latency` of a kernel, `read_back` of a value.
         achieved: Published achieved share of the peak: `memory_read`, `memory_triad`, `tensor_bfloat16`, ...
         figures: Every figure as printed, with its source.
         notes: What a reader of the figures must know.
@@ -145,6 +148,8 @@ class Gpu:
     link_bandwidth: BytesPerSecond | None
     host_bandwidth: BytesPerSecond | None
     kernel_latency: float | None
+    special_measured: float | None
+    overheads: Mapping[str, float] = field(hash=False)
     achieved: Mapping[str, float] = field(hash=False)
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
@@ -256,7 +261,7 @@ def from_figures(
         memory_type=texts.get("memory_type", ""),
         tensor=_peaks(numbers, _TENSOR_FIGURES),
         vector=_peaks(numbers, _VECTOR_FIGURES),
-        special_per_second=special * sm_count * clock if special and sm_count and clock else None,
+        special_per_second=special * sm_count * clock if special and sm_count and clock else _special(numbers),
         sm_count=_integer(sm_count),
         clock_hz=clock,
         l2_bytes=_bytes(numbers.get("l2_cache_mb"), _MEBI),
@@ -268,6 +273,8 @@ def from_figures(
         link_bandwidth=_one_way(numbers, "interconnect"),
         host_bandwidth=_one_way(numbers, "c2c") or _one_way(numbers, "pcie"),
         kernel_latency=numbers["kernel_in_graph_us"] * 1e-6 if "kernel_in_graph_us" in numbers else None,
+        special_measured=_scaled(numbers.get("achieved_special_gop_per_s"), _GIGA),
+        overheads={name: numbers[key] * 1e-6 for key, name in _OVERHEADS.items() if key in numbers},
         achieved=_achieved(numbers),
         figures=figures,
         notes=notes,
@@ -299,10 +306,20 @@ _VECTOR_FIGURES = {
 _ACHIEVED_FIGURES = {
     "achieved_memory_read_fraction": "memory_read",
     "achieved_memory_triad_fraction": "memory_triad",
+    "achieved_tensor_fp64_fraction": "tensor_float64",
+    "achieved_tensor_fp32_fraction": "tensor_float32",
+    "achieved_tensor_tf32_fraction": "tensor_tfloat32",
     "achieved_tensor_bf16_fraction": "tensor_bfloat16",
     "achieved_tensor_fp16_fraction": "tensor_float16",
     "achieved_tensor_fp8_fraction": "tensor_float8",
     "achieved_tensor_fp4_fraction": "tensor_float4",
+    "achieved_tensor_int8_fraction": "tensor_int8",
+}
+_OVERHEADS = {
+    "launch_op_us": "launch",
+    "launch_kernel_us": "launch_again",
+    "memory_latency_us": "memory_latency",
+    "read_back_us": "read_back",
 }
 _CLOCKS = ("boost_clock_mhz", "max_sm_clock_mhz")
 _CACHES = ("l2_cache_mb", "llc_mb", "on_chip_sram_mb")
@@ -327,7 +344,12 @@ _FIGURES_BY_UNIT: dict[str, tuple[str, ...]] = {
         "typical_tensor_fp8_tflops",
     ),
     "TOP/s": ("tensor_int8_tops", "tensor_int4_tops", "achieved_tensor_int8_tops", "dla_int8_sparse_tops"),
-    "GOP/s": ("peak_exp2_gop_per_s", "achieved_exp2_gop_per_s"),
+    "GOP/s": (
+        "peak_exp2_gop_per_s",
+        "achieved_exp2_gop_per_s",
+        "peak_special_gop_per_s",
+        "achieved_special_gop_per_s",
+    ),
     "GB/s": (
         "memory_bandwidth_gb_per_s",
         "l2_bandwidth_gb_per_s_peak",
@@ -372,7 +394,7 @@ _FIGURES_BY_UNIT: dict[str, tuple[str, ...]] = {
     ),
     "year": ("release_year",),
     "W": ("tdp_w",),
-    "us": ("kernel_in_graph_us", "kernel_in_stream_us"),
+    "us": ("kernel_in_graph_us", "kernel_in_stream_us", *_OVERHEADS),
     "USD/h": ("price_usd_per_gpu_hour", "price_usd_per_gpu_hour_low", "price_usd_per_gpu_hour_high"),
     "fraction": tuple(_ACHIEVED_FIGURES),
     "": ("architecture", "compute_capability", "gfx_target", "memory_type", "interconnect"),
@@ -437,6 +459,10 @@ def _peaks(numbers: Mapping[str, float | int], names: Mapping[str, str]) -> dict
 
 def _achieved(numbers: Mapping[str, float | int]) -> dict[str, float]:
     return {name: float(numbers[key]) for key, name in _ACHIEVED_FIGURES.items() if key in numbers}
+
+
+def _special(numbers: Mapping[str, float | int]) -> float | None:
+    return _scaled(numbers.get("peak_special_gop_per_s"), _GIGA)
 
 
 def _one_way(numbers: Mapping[str, float | int], link: str) -> BytesPerSecond | None:

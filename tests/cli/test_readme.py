@@ -37,7 +37,8 @@ def test_options_in_the_readme_exist() -> None:
     from fxroof.analyzer.cli import main
 
     known = "".join(
-        CliRunner().invoke(main, [name, "--help"]).output for name in ("analyze", "diff", "baseline", "init")
+        CliRunner().invoke(main, [name, "--help"]).output
+        for name in ("analyze", "diff", "baseline", "init", "measure", "calibrate")
     )
     for option in set(re.findall(r"--[a-z][a-z-]+", README.read_text(encoding="utf-8"))):
         assert option in known or option in ("--debug", "--dist"), option

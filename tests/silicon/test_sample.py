@@ -1,0 +1,120 @@
+"""Kernels as they were measured on seven GPUs: no bound exceeds a measurement, and graphs are what was timed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.silicon_graphs import BUILDERS, Measured, NotPricedError, Predicted, part, predict
+from fxroof.analyzer.cost import bytes_by_role
+from fxroof.analyzer.graph import Graph
+from fxroof.analyzer.pricing import price
+
+DATA = Path(__file__).parent.parent / "data" / "silicon_sample.json"
+SAMPLE = json.loads(DATA.read_text())
+ROWS = tuple(
+    Measured(**{k: v for k, v in row.items() if k != "us"}, seconds=row["us"] * 1e-6) for row in SAMPLE["rows"]
+)
+
+
+@pytest.fixture(scope="module")
+def predicted() -> list[tuple[Measured, Predicted]]:
+    return [(row, predict(row)) for row in ROWS]
+
+
+def test_no_bound_exceeds_a_measurement(predicted: list[tuple[Measured, Predicted]]) -> None:
+    beaten = [(row, seconds.bound / row.seconds) for row, seconds in predicted if seconds.bound > row.seconds]
+    assert not beaten
+
+
+def test_bounds_are_no_slack_ones(predicted: list[tuple[Measured, Predicted]]) -> None:
+    # the closest rows of each kind were chosen: where a bound has lost a part of the work, all of its kind fall off
+    closest: dict[str, float] = {}
+    for row, seconds in predicted:
+        closest[row.operator] = max(closest.get(row.operator, 0.0), seconds.bound / row.seconds)
+    assert {operator for operator, share in closest.items() if share > 0.65} == set(BUILDERS)
+
+
+def test_some_rows_are_faster_than_device_memory_alone() -> None:
+    # so that the first test cannot pass with a bound that knows of no cache
+    def from_memory(row: Measured) -> float:
+        gpu, _ = part(row.gpu)
+        timed = BUILDERS[row.operator](row, gpu)
+        moved = [bytes_by_role(timed.graph, cost).values() for cost in price(timed.graph, gpu)]
+        return sum(sum(map(sum, roles)) for roles in moved) / gpu.memory_bandwidth / timed.repeated
+
+    assert sum(from_memory(row) > row.seconds for row in ROWS) >= 10
+
+
+def test_estimates_are_no_faster_than_bounds(predicted: list[tuple[Measured, Predicted]]) -> None:
+    assert all(seconds.estimate >= seconds.bound for _, seconds in predicted)
+
+
+def test_the_sample_says_where_it_is_from_and_covers_every_part_and_operator() -> None:
+    assert {"package", "version", "licence", "repository"} <= SAMPLE["source"].keys()
+    assert {row.operator for row in ROWS} == set(BUILDERS)
+    assert {row.gpu for row in ROWS} == {"a100_sxm_80gb", "h100_sxm", "h200_sxm", "b200", "gb200", "b300", "l40s"}
+
+
+def made(operator: str, shape: Mapping[str, int | str], backend: str = "vllm", **rest: Any) -> tuple[Graph, int]:
+    row = {"gpu": "h100_sxm", "version": "", "kernel": "", "dtype": "bfloat16", "seconds": 1.0} | rest
+    timed = BUILDERS[operator](Measured(operator=operator, backend=backend, shape=shape, **row), part("h100_sxm")[0])
+    return timed.graph, timed.repeated
+
+
+def matmul_flops(graph: Graph) -> float:
+    return sum(cost.executed_matmul_flops for cost in price(graph, part("h100_sxm")[0]))
+
+
+HEADS = {
+    "num_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "window_size": 0,
+    "attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "fp8_block", "nvfp4"])
+@pytest.mark.parametrize(
+    ("backend", "version"), [("vllm", ""), ("sglang", "0.5.14"), ("sglang", "0.5.6"), ("trtllm", "")]
+)
+def test_products_are_those_of_the_row(backend: str, version: str, dtype: str) -> None:
+    graph, repeated = made("gemm", {"m": 48, "n": 256, "k": 512}, backend, version=version, dtype=dtype)
+    assert matmul_flops(graph) == repeated * 2 * 48 * 256 * 512
+    weights = [s.nbytes for s in graph.storages if s.role == "weight" and s.nbytes >= 256 * 512 // 2]
+    assert len(weights) == repeated, "each repetition has a weight of its own"
+
+
+@pytest.mark.parametrize("backend", ["vllm", "sglang", "trtllm"])
+@pytest.mark.parametrize("window", [0, 100, 8192])
+def test_prompts_attend_to_what_their_mask_leaves(backend: str, window: int) -> None:
+    length, batch = (9000, 2) if window == 8192 else (300, 2)
+    shape = HEADS | {"batch_size": batch, "isl": length, "step": 0, "window_size": window}
+    if window == 8192:  # chunks
+        pairs = sum(query % window + 1 for query in range(length))
+    else:
+        pairs = sum(min(query + 1, window or length) for query in range(length))
+    graph, _ = made("prefill attention", shape, backend)
+    assert matmul_flops(graph) == batch * 8 * pairs * 2 * (64 + 64)
+
+
+def test_decode_reads_the_cache_once_and_a_window_of_it() -> None:
+    shape = HEADS | {"batch_size": 3, "isl": 1, "step": 999}
+    for window, seen in ((0, 1000), (128, 128)):
+        graph, _ = made("decode attention", shape | {"window_size": window}, "sglang")
+        attention = price(graph, part("h100_sxm")[0])[-1]
+        caches = {i for i in range(len(graph.tensors)) if graph.role(i) == "kv_cache"}
+        assert sum(a.read for a in attention.traffic if a.tensor in caches) == 3 * seen * 2 * 64 * 2 * 2
+
+
+def test_experts_of_one_gpu_have_its_share_of_the_products() -> None:
+    shape = {
+        "num_tokens": 64, "hidden_size": 256, "inter_size": 512, "topk": 4, "num_experts": 32, "moe_tp_size": 2,
+        "moe_ep_size": 8,
+    }  # fmt: skip
+    graph, _ = made("moe", shape)
+    assert matmul_flops(graph) == 64 * 4 / 8 * 3 * 2 * 256 * (512 / 2)
+
+
+def test_what_fxroof_has_no_op_for_is_refused() -> None:
+    with pytest.raises(NotPricedError, match="int4_wo"):
+        made("gemm", {"m": 1, "n": 64, "k": 64}, dtype="int4_wo")
