@@ -12,6 +12,8 @@ from fxroof.analyzer.render.registry import Options
 from fxroof.analyzer.report import from_json, to_json
 from fxroof.analyzer.review import Selection
 
+pytestmark = pytest.mark.xdist_group("big")
+
 OPS = 5_000
 
 

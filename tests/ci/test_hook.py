@@ -13,6 +13,8 @@ from fxroof.analyzer.report import to_json
 from render.sample import report
 from support import ROOT
 
+pytestmark = pytest.mark.xdist_group("hook")
+
 MANIFEST = ".pre-commit-hooks.yaml"
 
 

@@ -18,6 +18,8 @@ from fxroof.analyzer.report import to_json
 from fxroof.analyzer.revisions import NotAnalysedError, RevisionError, analysed, checked_out
 from render.sample import report
 
+pytestmark = pytest.mark.xdist_group("revisions")
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,6 +12,8 @@ from fxroof.analyzer.starter import model_files
 from render.sample import report
 from support import ROOT
 
+pytestmark = pytest.mark.xdist_group("settings")
+
 MODEL = (ROOT / "examples" / "mymodel.py").read_text().replace("n_layers: int = 24", "n_layers: int = 2")
 TINY = """
 import torch

@@ -16,6 +16,8 @@ from fxroof.analyzer.cli import main
 from fxroof.analyzer.report import from_json, fxroof_version, to_json
 from render.sample import partial, report
 
+pytestmark = pytest.mark.xdist_group("cli")
+
 MODEL = """
 import torch
 from torch import nn

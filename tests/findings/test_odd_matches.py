@@ -8,6 +8,8 @@ from fxroof.analyzer.finding import Match, Remedy, Rule, Severity
 from fxroof.analyzer.graph import Graph, Op, Role, Storage, Tensor, TensorRef
 from fxroof.analyzer.review import folded, review
 
+pytestmark = pytest.mark.xdist_group("odd")
+
 REMEDY = Remedy(text="do it well")
 
 

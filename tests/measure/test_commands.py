@@ -63,7 +63,7 @@ def test_a_model_is_measured_into_a_file(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["measure", "nothing.py"], "nothing.py: no such file"),
+        (["measure", "nothing.py", "--gpu", "./part.toml"], "nothing.py: no such file"),
         (["measure", "tiny.py", "--gpu", "none.toml"], "none.toml"),
         (["measure", "tiny.py", "--device", "cuda:99"], "cuda:99"),
         (["measure", "tiny.py", "-o", "none/out.json"], "there is no folder"),

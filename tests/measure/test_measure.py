@@ -18,6 +18,8 @@ from fxroof.analyzer.request import Request
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.workload import plan
 
+pytestmark = pytest.mark.xdist_group("measure")
+
 HERE = Path(__file__).parent
 MODELS = HERE / "models.py"
 PART = str(HERE / "machine.toml")
