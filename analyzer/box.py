@@ -187,8 +187,7 @@ class Box:
             )
         except OSError as error:
             raise BoxError(f"{sys.executable or 'Python'} cannot be started: {error.strerror}.") from error
-        assert child.stdin is not None  # noqa: S101  # narrows the types of what PIPE gives
-        assert child.stdout is not None  # noqa: S101  # as above
+        assert child.stdin is not None and child.stdout is not None  # noqa: S101, PT018  # narrows what PIPE gives
         self._noise = child.stdout
         with contextlib.suppress(BrokenPipeError), child.stdin:
             child.stdin.write(told)

@@ -229,7 +229,7 @@ def _of_serving(name: str) -> Callable[[Run, Of], float | None]:
 
 
 def _of_memory(name: str) -> Callable[[Run, Of], float | None]:
-    def figure(run: Run, of: Of) -> float | None:  # noqa: ARG001  # one signature
+    def figure(run: Run, _of: Of) -> float | None:
         return None if run.memory is None else float(getattr(run.memory, name))
 
     return figure
@@ -243,7 +243,7 @@ def _metrics() -> dict[str, Metric]:
         "decode.tokens_per_second": Metric(
             unit="per second", read=_of_serving("tokens_per_second_per_gpu"), at_least=True, timed=True
         ),
-        "coverage": Metric(unit="share", read=lambda run, of: run.coverage.fraction, at_least=True),  # noqa: ARG005
+        "coverage": Metric(unit="share", read=lambda run, _of: run.coverage.fraction, at_least=True),
     }
     for part in ("total", "weights", "kv_cache", "activations"):
         found[f"memory.{part}"] = Metric(unit="bytes", read=_of_memory(f"{part}_bytes"))
@@ -252,11 +252,11 @@ def _metrics() -> dict[str, Metric]:
             f"{name}.time": Metric(
                 unit="seconds", read=_of_phase(name, lambda p, of: float(getattr(p.seconds, of))), timed=True
             ),
-            f"{name}.bytes": Metric(unit="bytes", read=_of_phase(name, lambda p, of: float(p.bytes.total))),  # noqa: ARG005
-            f"{name}.flops": Metric(unit="flops", read=_of_phase(name, lambda p, of: p.flops.matmul)),  # noqa: ARG005
+            f"{name}.bytes": Metric(unit="bytes", read=_of_phase(name, lambda p, _of: float(p.bytes.total))),
+            f"{name}.flops": Metric(unit="flops", read=_of_phase(name, lambda p, _of: p.flops.matmul)),
             f"{name}.kernels": Metric(
                 unit="count",
-                read=_of_phase(name, lambda p, of: float(len(p.executions.of(p.execution).kernels))),  # noqa: ARG005
+                read=_of_phase(name, lambda p, _of: float(len(p.executions.of(p.execution).kernels))),
             ),
         }
     return found

@@ -677,7 +677,7 @@ def measure(
 @click.option("--threads", type=click.IntRange(0, 4096), default=0, help="Threads of a CPU.  [default: torch's]")
 @click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
 @click.option("--debug", is_flag=True, help="Show the traceback of a failure.")  # read where failures are told
-def calibrate(output: Path | None, device: str, threads: int, *, quick: bool, quiet: bool, debug: bool) -> None:  # noqa: ARG001  # as above
+def calibrate(output: Path | None, device: str, threads: int, *, quick: bool, quiet: bool, debug: bool) -> None:  # noqa: ARG001  # read where failures are told
     """Measure this machine: bandwidth, matmul rates, cache, launches. The file is one that --gpu takes.
 
     \b

@@ -238,8 +238,8 @@ def _constructor(
         mapping = getattr(transformers, f"MODEL_FOR_{task}_MAPPING", {})
         if type(config) in mapping:
             kind = mapping[type(config)]
-            return (kind[0] if isinstance(kind, tuple) else kind)._from_config  # type: ignore[no-any-return]  # as above
-    return transformers.AutoModel.from_config  # type: ignore[no-any-return]  # as above
+            return (kind[0] if isinstance(kind, tuple) else kind)._from_config  # type: ignore[no-any-return]  # transformers is untyped here
+    return transformers.AutoModel.from_config  # type: ignore[no-any-return]  # transformers is untyped here
 
 
 _TASKS = (

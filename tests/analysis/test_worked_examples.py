@@ -49,7 +49,7 @@ def dense(billions: float, gpu: str, batch_size: int = 1) -> PhaseAnalysis:
 def graph_of(function: object, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Graph:
     class Module(nn.Module):
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
-            return function(*args)  # type: ignore[operator, no-any-return]
+            return function(*args)  # type: ignore[operator, no-any-return]  # any op
 
     return trace(Module(), tuple(torch.empty(s, dtype=dtype, device="meta") for s in shapes))
 
@@ -148,7 +148,7 @@ def test_12_four_bit_weights_are_a_quarter_of_the_bytes_and_the_same_flops() -> 
             self.register_buffer("scales", scales)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.ops.aten._weight_int4pack_mm(x, self.packed, group, self.scales)  # type: ignore[no-any-return]
+            return torch.ops.aten._weight_int4pack_mm(x, self.packed, group, self.scales)  # type: ignore[no-any-return]  # ops are untyped
 
     x = torch.empty(rows, inner, dtype=torch.bfloat16, device="meta")
     narrow, _ = analyze_phase(trace(Quantised(), (x,)), H100)

@@ -36,7 +36,7 @@ def measure(given: Report, name: str) -> None:
     render(given, name, Options())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    print(f"{name:<10}{seconds:>8.2f} s{peak / 1e6:>10.1f} MB{len(text) / 1e6:>10.2f} MB of text")  # noqa: T201
+    print(f"{name:<10}{seconds:>8.2f} s{peak / 1e6:>10.1f} MB{len(text) / 1e6:>10.2f} MB of text")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def measure(count: int, rounds: int) -> None:
     peaks = {name: _peak(task) for name, (task, _) in found.items()}
     for name, (_, against) in found.items():
         took, theirs = statistics.median(seconds[name]), statistics.median(seconds[against])
-        print(  # noqa: T201
+        print(
             f"{name:<14}{took:>7.2f} s{took / theirs:>7.2f} of {against}"
             f"{peaks[name] / 1e6:>9.1f} MB{peaks[name] / peaks[against]:>7.2f}"
         )

@@ -8,6 +8,7 @@ table take two minutes; all 5 million rows take an hour. Ends with exit code 1 w
 import argparse
 import statistics
 import sys
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,14 +63,30 @@ HEADER = (
 )
 
 
-def line(head: Sequence[str], found: Sequence[Priced], note: str = "") -> str:
+class Tally:
+    """What is left of priced rows once their shapes are forgotten: all tables together have millions."""
+
+    def __init__(self) -> None:
+        self.ratios = array("d")
+        self.beaten = 0
+        self.ends: list[Priced] = []  # the best and the worst
+
+    def __iadd__(self, found: Sequence[Priced]) -> "Tally":
+        self.ratios.extend(one.ratio for one in found)
+        self.beaten += sum(one.beaten for one in found)
+        known = [*self.ends, *found]
+        self.ends = [pick(known, key=lambda one: one.error) for pick in (min, max)]
+        return self
+
+
+def line(head: Sequence[str], found: Tally, note: str = "") -> str:
     """A row of the table: errors of estimates, cases of the least and of the greatest."""
-    errors = sorted(one.error for one in found)
-    best, worst = (pick(found, key=lambda one: one.error) for pick in (min, max))
+    errors = sorted(abs(ratio - 1) for ratio in found.ratios)
+    best, worst = (case(one) for one in found.ends)
     return (
-        f"{head[0]:14}{head[1]:18}{head[2]:21}{head[3]:15}{len(found):7,}{sum(one.beaten for one in found):7}"
+        f"{head[0]:14}{head[1]:18}{head[2]:21}{head[3]:15}{len(errors):7,}{found.beaten:7}"
         f"{statistics.median(errors):8.1%}{errors[int(0.9 * len(errors))]:7.0%}"
-        f"{statistics.median(one.ratio for one in found):7.2f}  {case(best)}; {case(worst)}{note}"
+        f"{statistics.median(found.ratios):7.2f}  {best}; {worst}{note}"
     )
 
 
@@ -89,38 +106,40 @@ def case(one: Priced) -> str:
 def main() -> int:
     """Print the tables; 1 where a bound exceeds a measurement."""
     args = arguments()
-    print(f"aiconfigurator-core {version()}, {'all rows' if args.all else f'up to {args.rows} rows a table'}\n")  # noqa: T201
-    print(HEADER)  # noqa: T201
+    print(f"aiconfigurator-core {version()}, {'all rows' if args.all else f'up to {args.rows} rows a table'}\n")
+    print(HEADER)
     beaten: list[Priced] = []
-    kinds: defaultdict[tuple[str, str, str], list[Priced]] = defaultdict(list)
+    kinds: defaultdict[tuple[str, str, str], Tally] = defaultdict(Tally)
     notes: dict[str, None] = {}
     total = 0
     for rows in groups(args.gpu, args.operator, None if args.all else args.rows, args.seed):
         first = rows[0]
         head = (first.gpu, first.operator, f"{first.backend} {first.version}", first.dtype)
         if reason := excluded(first):
-            print(f"{head[0]:14}{head[1]:18}{head[2]:21}{head[3]:15}  excluded: {reason}")  # noqa: T201
+            print(f"{head[0]:14}{head[1]:18}{head[2]:21}{head[3]:15}  excluded: {reason}")
             continue
         found, reason = priced(rows)
         if not found:
-            print(f"{head[0]:14}{head[1]:18}{head[2]:21}{head[3]:15}  not priced: {reason}")  # noqa: T201
+            print(f"{head[0]:14}{head[1]:18}{head[2]:21}{head[3]:15}  not priced: {reason}")
             continue
         said = remark(first)
         notes.update({said: None} if said else {})
         mark = f" ({list(notes).index(said) + 1})" if said else ""
-        print(line(head, found, mark), flush=True)  # noqa: T201
+        tally = Tally()
+        tally += found
+        print(line(head, tally, mark), flush=True)
         total += len(found)
         beaten += [one for one in found if one.beaten]
         if not said:
             kinds["tuned" if first.gpu in TUNED else "unseen", first.operator, first.dtype] += found
     for number, note in enumerate(notes, 1):
-        print(f"({number}) {note}; left out of what follows")  # noqa: T201
-    print(f"\n{'':14}{HEADER[14:]}")  # noqa: T201
-    for (part, operator, dtype), found in sorted(kinds.items(), key=lambda item: item[0][1:] + item[0][:1]):
-        print(line((part, operator, "", dtype), found))  # noqa: T201
-    print(f"\nbound > measured in {len(beaten)} of {total:,} rows")  # noqa: T201
+        print(f"({number}) {note}; left out of what follows")
+    print(f"\n{'':14}{HEADER[14:]}")
+    for (part, operator, dtype), tally in sorted(kinds.items(), key=lambda item: item[0][1:] + item[0][:1]):
+        print(line((part, operator, "", dtype), tally))
+    print(f"\nbound > measured in {len(beaten)} of {total:,} rows")
     for one in sorted(beaten, key=lambda one: one.row.seconds / one.predicted.bound):
-        print(f"  {one.predicted.bound / one.row.seconds:.3f} x {one.row}")  # noqa: T201
+        print(f"  {one.predicted.bound / one.row.seconds:.3f} x {one.row}")
     return 1 if beaten else 0
 
 

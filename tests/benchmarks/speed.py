@@ -48,10 +48,10 @@ def analysis_over_export(name: str, rounds: int) -> None:
             again.append(priced - end)
             rules.append((reviewed - priced) - (priced - end))
     a, b = statistics.median(ours), statistics.median(bare)
-    print(f"{name}: analysis {a:.2f} s, bare export {b:.2f} s, ratio {a / b:.3f} (goal <= 1.15)")  # noqa: T201
+    print(f"{name}: analysis {a:.2f} s, bare export {b:.2f} s, ratio {a / b:.3f} (goal <= 1.15)")
     c = statistics.median(again)
-    print(f"{name}: priced again in {c:.2f} s (goal < 0.5), {c / a:.3f} of the analysis (goal <= 0.10)")  # noqa: T201
-    print(f"{name}: all rules in {statistics.median(rules):.2f} s (goal < 2)")  # noqa: T201
+    print(f"{name}: priced again in {c:.2f} s (goal < 0.5), {c / a:.3f} of the analysis (goal <= 0.10)")
+    print(f"{name}: all rules in {statistics.median(rules):.2f} s (goal < 2)")
 
 
 def peak_memory(name: str) -> None:
@@ -61,7 +61,7 @@ def peak_memory(name: str) -> None:
         "print(max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    print(f"{name}: peak memory {int(out.stdout) / 1e6:.2f} GB (goal < 2)")  # noqa: T201
+    print(f"{name}: peak memory {int(out.stdout) / 1e6:.2f} GB (goal < 2)")
 
 
 def answers_without_torch(rounds: int) -> None:
@@ -80,7 +80,7 @@ def answers_without_torch(rounds: int) -> None:
     base = statistics.median(seconds.pop("import torch"))
     for name, times in seconds.items():
         took = statistics.median(times)
-        print(f"{name}: {took:.2f} s, import torch {base:.2f} s, ratio {took / base:.3f} (goal < 0.3)")  # noqa: T201
+        print(f"{name}: {took:.2f} s, import torch {base:.2f} s, ratio {took / base:.3f} (goal < 0.3)")
 
 
 if __name__ == "__main__":

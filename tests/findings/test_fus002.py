@@ -221,7 +221,7 @@ def test_types_and_weights_of_all_kinds(bad, good, x, rows, code):
     module, rows_of_x = Alone(bad, types[rows]), torch.randn(8, WIDTH).to(types[x])
     known = {"self": module, "x": rows_of_x, "dim": WIDTH, "F": F, "torch": torch}
     known["weight"] = module.weight.float() * module.bias.float()
-    result, expected = eval(code, known), module(rows_of_x)  # noqa: S307
+    result, expected = eval(code, known), module(rows_of_x)  # noqa: S307  # the remedy's own text
     assert result.dtype == expected.dtype
     torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 

@@ -195,7 +195,7 @@ def test_experts_are_priced_between_one_tokens_and_all(experts: int, chosen: int
     graph = graph_of(aten._grouped_mm.default, *args, meta(experts, dtype=torch.int32), tokens=tokens)
     cost = cost_of(aten._grouped_mm.default, *args, meta(experts, dtype=torch.int32), tokens=tokens)
     assert cost.matmul == {"bfloat16": 2 * rows * k * n}
-    weights = graph.ops[0].args["mat2"].tensor  # type: ignore[union-attr]
+    weights = graph.ops[0].args["mat2"].tensor  # type: ignore[union-attr]  # an argument that is one tensor
     (access,) = (a for a in cost.traffic if a.tensor == weights)
     expert = k * n * 2
     assert access.read == min(chosen, experts) * expert

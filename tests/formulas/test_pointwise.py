@@ -257,5 +257,5 @@ def test_nothing_is_priced_by_default() -> None:
 
 def test_a_view_of_another_storage_is_no_free_op() -> None:
     graph = graph_of(aten.reshape.default, meta(4, 6).t(), [-1])
-    (cost,) = price(graph, None)  # type: ignore[arg-type]
+    (cost,) = price(graph, None)  # type: ignore[arg-type]  # no part
     assert cost.status is Status.PRICED

@@ -37,7 +37,7 @@ class Program:
     def call(program, target: str, shape: tuple[int, ...], /, **args: object) -> int:  # `self` is an argument of ops
         result = program.tensor(shape)
         bound = {n: TensorRef(tensor=v) if n in ("self", "other", "input", "weight") else v for n, v in args.items()}
-        program.ops.append(Op(name=f"op{len(program.ops)}", target=f"aten.{target}", args=bound, outputs=(result,)))  # type: ignore[arg-type]
+        program.ops.append(Op(name=f"op{len(program.ops)}", target=f"aten.{target}", args=bound, outputs=(result,)))  # type: ignore[arg-type]  # made up
         return result
 
     def graph(self, inputs: list[int], outputs: list[int]) -> Graph:

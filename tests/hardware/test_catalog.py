@@ -154,7 +154,7 @@ def test_a_shipped_file_works_as_a_user_file():
 
 def test_parts_survive_pickling_and_hash():
     gpu = load("b200").gpu
-    assert pickle.loads(pickle.dumps(gpu)) == gpu  # noqa: S301
+    assert pickle.loads(pickle.dumps(gpu)) == gpu  # noqa: S301  # our own
     assert len({gpu, load("b200").gpu, load("h100").gpu}) == 2
 
 

@@ -116,7 +116,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init_weights)
         n_params = sum(p.numel() for p in self.transformer.parameters())
-        print(f"number of parameters: {n_params / 1e6:.2f}M")  # noqa: T201
+        print(f"number of parameters: {n_params / 1e6:.2f}M")  # noqa: T201  # such models print while they are built
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):

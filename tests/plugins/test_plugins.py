@@ -113,7 +113,7 @@ def test_a_captured_triton_kernel_is_named_by_its_function() -> None:
     triton = pytest.importorskip("triton", reason="comes with torch for CUDA")
 
     @triton.jit
-    def copy_kernel(source, target, size):  # type: ignore[no-untyped-def]
+    def copy_kernel(source, target, size):  # type: ignore[no-untyped-def]  # as Triton has it
         pass
 
     class Copies(nn.Module):

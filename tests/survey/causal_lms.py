@@ -189,7 +189,7 @@ def main() -> None:
         except TimeoutError as error:
             result = Result(type=kind, runs_on_meta=True, analysed=False, reason=str(error))
         results.append(result)
-        print(f"{time.perf_counter() - start:6.1f} s", result, flush=True)  # noqa: T201
+        print(f"{time.perf_counter() - start:6.1f} s", result, flush=True)
     if len(sys.argv) < 2:
         versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
         DATA.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")

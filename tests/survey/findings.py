@@ -204,8 +204,8 @@ def main() -> None:
         else:
             found += more
             for f in more:
-                print("  ", f.code, f.line, f.module, f"x{f.count}", f"{f.share:.1%}", f.message[:90])  # noqa: T201
-        print(f"{time.perf_counter() - start:6.1f} s {kind} {failed.get(kind, '')}", flush=True)  # noqa: T201
+                print("  ", f.code, f.line, f.module, f"x{f.count}", f"{f.share:.1%}", f.message[:90])
+        print(f"{time.perf_counter() - start:6.1f} s {kind} {failed.get(kind, '')}", flush=True)
     if len(sys.argv) < 2:
         versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
         DATA.write_text(json.dumps([asdict(f) for f in found], indent=1) + "\n")

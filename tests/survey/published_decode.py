@@ -42,11 +42,11 @@ class Row:
 ROWS = tuple(Row(**row) for row in DATA["rows"])
 
 if __name__ == "__main__":
-    print("| model | GPUs | bound | estimate | measured | estimate / measured |")  # noqa: T201
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")  # noqa: T201
+    print("| model | GPUs | bound | estimate | measured | estimate / measured |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for row in ROWS:
         seconds = row.predicted()
-        print(  # noqa: T201
+        print(
             f"| {row.model} | {row.tp} x {row.gpu} | {1 / seconds.bound:.1f} | {1 / seconds.estimate:.1f} "
             f"| {row.tokens_per_second} | {1 / seconds.estimate / row.tokens_per_second:.2f} |"
         )

@@ -35,7 +35,7 @@ def watched() -> Iterator[list[dict[str, Any]]]:
         return ATTENTION(*args, **kwargs)
 
     # not a TorchFunctionMode: that one does not see what nn.MultiheadAttention calls inside
-    torch.nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    torch.nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]  # put back below
     try:
         yield calls
     finally:

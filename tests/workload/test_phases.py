@@ -142,7 +142,7 @@ class Loops(nn.Module):
         self.embed = nn.Embedding(32, 8)
         self.cell = nn.Linear(8, 8)
         self.head = nn.Linear(8, 32)
-        self.forward = self.step if cached else self.whole  # type: ignore[method-assign]
+        self.forward = self.step if cached else self.whole  # type: ignore[method-assign]  # what the test is about
 
     def step(self, tokens: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.embed(tokens)
