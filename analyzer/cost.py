@@ -58,6 +58,29 @@ class Gemm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attended:
+    """What a kernel that attends is cut into blocks by.
+
+    Attributes:
+        heads: heads of all sequences together that have keys of their own.
+        group: query heads that share the keys of one of those.
+        queries: of each query head.
+        keys: that the mask leaves to the query that sees most of them.
+        pairs: of a query and a key that the mask leaves to a query head.
+        edges: ends of what a query sees that move with it: 1 where it is causal, 2 where a window is as well.
+        size: width of a head of the query.
+    """
+
+    heads: int
+    group: int
+    queries: int
+    keys: int
+    pairs: int
+    edges: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
     """What GPUs that share a model tell each other in one op, or a GPU and its host.
 
@@ -91,6 +114,7 @@ class Cost:
         backend: the implementation the GPU would pick, where there is a choice.
         note: what was assumed for this op.
         gemms: the shapes of its matrix products, for tiles and waves; empty where none or not known.
+        attended: what a kernel that attends is cut into blocks by; None for others, or where not known.
         exchange: what it tells other GPUs, if anything.
         parts: the kernels it launches where there are several; their work and traffic add up to the whole.
         waits: true where the host waits for it to be done, since Python or the launch of what follows needs a value.
@@ -108,6 +132,7 @@ class Cost:
     backend: str = ""
     note: str = ""
     gemms: tuple[Gemm, ...] = ()
+    attended: Attended | None = None
     exchange: Exchange | None = None
     parts: "tuple[Part, ...]" = ()
     waits: bool = False
@@ -213,6 +238,7 @@ class Call:
         backend: str = "",
         note: str = "",
         gemms: tuple[Gemm, ...] = (),
+        attended: Attended | None = None,
         exchange: Exchange | None = None,
         parts: "tuple[Part, ...]" = (),
         waits: bool = False,
@@ -233,6 +259,7 @@ class Call:
             backend: see `Cost`.
             note: see `Cost`.
             gemms: see `Cost`.
+            attended: see `Cost`.
             exchange: see `Cost`.
             parts: see `Cost`.
             waits: see `Cost`.
@@ -249,6 +276,7 @@ class Call:
             backend=backend,
             note=note,
             gemms=gemms,
+            attended=attended,
             exchange=exchange,
             parts=parts,
             waits=waits,

@@ -4,26 +4,74 @@ Few parameters, each a figure with a meaning and a source (`Derating`): the shar
 latency of a kernel however small, and the time that the host needs to launch one.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from math import ceil
 
-from ..hardware.gpu import Gpu
+from ..hardware.gpu import FITTED, Figure, Gpu
 from .collectives import expected
-from .cost import Cost, Gemm
+from .cost import Attended, Cost, Gemm
 from .graph import ITEM_BITS
 from .roofline import Lanes, special_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derated:
-    """A figure used in estimates and its source; a share of a peak has no unit, and that of products a dtype."""
+    """A figure used in estimates and its source; a share of a peak has no unit, and that of products a dtype.
+
+    One that was fitted on measured kernels names the part in whose file it stands.
+    """
 
     name: str
     value: float
     source: str
     unit: str = ""
     dtype: str = ""
+    fitted_on: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfProducts:
+    """What tiled matrix products reach.
+
+    Attributes:
+        memory: share of the memory bandwidth.
+        l2: byte/s of operands that tiles load through L2; None where nothing is known of the part.
+        latency: seconds of one, however small.
+        narrow_latency: the same in 8 and 4 bits.
+        split: seconds more where the inner dimension is split.
+    """
+
+    memory: Derated
+    l2: Derated | None
+    latency: Derated
+    narrow_latency: Derated
+    split: Derated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfAttention:
+    """What a fused kernel reaches that attends: over prompts, or with a few queries over a cache.
+
+    Attributes:
+        small: share of the share of the matmul peak that is left for heads up to 64.
+        prompt_memory: share of the memory bandwidth, over prompts.
+        prompt: seconds of one over prompts, however small.
+        prompt_wave: seconds more for each wave of its blocks.
+        cache_memory: share of the memory bandwidth, over a cache.
+        cache: seconds of one over a cache, however small.
+        cache_split: seconds more where keys are split over blocks.
+        cache_wave: seconds that a wave of its blocks takes.
+    """
+
+    small: Derated
+    prompt_memory: Derated
+    prompt: Derated
+    prompt_wave: Derated
+    cache_memory: Derated
+    cache: Derated
+    cache_split: Derated
+    cache_wave: Derated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +84,9 @@ class Derating:
         matmul: share of the matmul peak for large square products; by dtype where measured.
         misaligned: share of that which is left where rows do not begin at multiples of 16 bytes; None where nothing is
             published.
-        attention: share of the matmul peak in fused attention.
+        products: matrix products, beside that.
+        attention: share of the matmul peak in fused attention, by dtype.
+        attending: fused attention, beside that; None where no such kernels were measured.
         vector: share of the peak of vector and special-function units.
         special: exponentials and the like a second; None where they were not measured.
         l2_bandwidth: byte/s; None where nothing is known of the part.
@@ -52,7 +102,9 @@ class Derating:
     copying: Derated
     matmul: dict[str, Derated]
     misaligned: Derated | None
+    products: OfProducts
     attention: Derated
+    attending: OfAttention | None
     vector: Derated
     special: Derated | None
     l2_bandwidth: Derated | None
@@ -66,15 +118,17 @@ class Derating:
     @property
     def figures(self) -> tuple[Derated, ...]:
         """All of them."""
-        return (
+        found = (
             self.reading,
             self.copying,
             *self.matmul.values(),
-            *((self.misaligned,) if self.misaligned else ()),
+            self.misaligned,
+            *_figures(self.products),
             self.attention,
+            *(_figures(self.attending) if self.attending else ()),
             self.vector,
-            *((self.special,) if self.special else ()),
-            *((self.l2_bandwidth,) if self.l2_bandwidth else ()),
+            self.special,
+            self.l2_bandwidth,
             self.l2_bytes,
             self.latency,
             self.memory_latency,
@@ -82,35 +136,38 @@ class Derating:
             self.launch_again,
             self.read_back,
         )
+        return tuple(figure for figure in found if figure is not None)
+
+
+def _figures(group: OfProducts | OfAttention) -> tuple[Derated | None, ...]:
+    return tuple(getattr(group, field.name) for field in fields(group))
 
 
 def derating(gpu: Gpu) -> Derating:
     """The figures for a part: its own where published, else those of parts like it."""
     reading, copying = _memory_shares(gpu)
     halved = _has_two_partitions(gpu)
+    l2 = _l2_bandwidth(gpu)
+    latency, memory_latency = _latencies(gpu)
     return Derating(
         reading=reading,
         copying=copying,
         matmul={dtype: _matmul_share(gpu, dtype) for dtype in gpu.tensor},
         misaligned=_misaligned_share(gpu),
-        attention=_share("fused attention", 0.71, "FlashAttention-4 on B200: 1605 of 2250 TFLOP/s"),
+        products=_of_products(gpu, reading, l2, latency, waits=memory_latency.value > 0),
+        attention=_attention_share(gpu),
+        attending=_of_attention(gpu, reading),
         vector=_share("vector units", 0.8, "assumed"),
         special=_special(gpu),
-        l2_bandwidth=_l2_bandwidth(gpu),
+        l2_bandwidth=l2,
         l2_bytes=Derated(
             name="cache",
             unit="B",
             value=(gpu.cache_bytes or 0) * (0.5 if halved else 1.0),
             source="half: each partition keeps its own copy" if halved else "all of it",
         ),
-        latency=_latency(gpu),
-        memory_latency=_overhead(
-            gpu,
-            "memory_latency",
-            "memory latency",
-            3e-6,
-            "aiconfigurator, all NVIDIA parts; gpt-fast's decode fits it",
-        ),
+        latency=latency,
+        memory_latency=memory_latency,
         launch=_overhead(
             gpu, "launch", "launch of an op", 8e-6, "eager PyTorch, 5 to 10 µs: pytorch#41383, FlagGems#4812"
         ),
@@ -133,9 +190,16 @@ def derating(gpu: Gpu) -> Derating:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Seconds that a kernel occupies the GPU: by lane, and as a whole with its latency."""
+    """Seconds that a kernel occupies the GPU.
+
+    Attributes:
+        lanes: by unit.
+        working: with its lanes side by side, as far as they get in each other's way.
+        seconds: as a whole, with its latency.
+    """
 
     lanes: Lanes
+    working: float
     seconds: float
 
 
@@ -150,23 +214,128 @@ def busy(cost: Cost, read: float, written: float, moved: float, gpu: Gpu, reache
         gpu: the part.
         reached: what it reaches.
     """
-    share = reached.copying if 4 * written > read else reached.reading
-    l2_rate = reached.l2_bandwidth.value if reached.l2_bandwidth else 0.0
-    tensor, vector, tiles = _matmul_seconds(cost, moved, gpu, reached, l2_rate)
-    for dtype, flops in cost.vector.items():
-        rate = gpu.vector_rate(dtype)
-        vector += flops / (rate.flops_per_second * reached.vector.value) if rate else 0.0
-    lanes = Lanes(
-        tensor=tensor,
-        vector=vector,
-        special=_special_seconds(cost, gpu, reached),
-        memory=(read + written) / (gpu.memory_bandwidth * share.value),
-        l2=max(moved / l2_rate, tiles) if l2_rate else 0.0,
-        link=expected(cost.exchange, gpu).seconds if cost.exchange else 0.0,
-    )
-    waiting = reached.latency.value + (reached.memory_latency.value if 2 * (read + written) > moved else 0.0)
-    # what is expected of an exchange has the latency of its steps in it
-    return Busy(lanes, lanes.slowest[0] + (0.0 if cost.exchange else waiting))
+    work = _Work(cost, read, written, moved, gpu, reached)
+    if cost.exchange:  # what is expected of it has the latency of its steps in it
+        return work.plain(link=expected(cost.exchange, gpu).seconds, waiting=0.0)
+    if cost.gemms and gpu.sm_count and work.peaks:
+        return work.products(gpu.sm_count)
+    if cost.attended and gpu.sm_count and work.peaks and reached.attending:
+        attend = work.over_cache if cost.attended.queries <= _FEW else work.over_prompts
+        return attend(cost.attended, reached.attending, gpu.sm_count)
+    return work.plain(waiting=reached.latency.value + work.wait)
+
+
+_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (32, 128), (16, 128))
+"""Rows and columns of the result that a thread block computes, as in CUTLASS and cuBLAS."""
+_NARROW_TILES = ((64, ((64, 64),)), (128, ((128, 64),)))
+"""Tiles of products of 8 and 4 bits with so many rows at most, as in the kernels that vLLM and SGLang ship."""
+_LEAST_SLICE = 256
+"""Inner size below which the split of a product over more blocks does not pay."""
+_QUERIES = 64
+"""Queries of a block of fused attention."""
+_FEW = 32
+"""Queries of a sequence up to which those of heads that share keys are packed in one block."""
+_KEYS = 128
+"""Keys that it takes at a time."""
+_SMALL_HEAD = 64
+_OVERLAP, _OVERLAP_OF_WAITS = 3.3, 2.0
+"""Exponents by which lanes add up, and a lane with what blocks wait for: 1 is in turn, infinity is side by side."""
+
+
+class _Work:
+    """One kernel about to be timed.
+
+    Attributes:
+        peaks: FLOP/s reached in products of each dtype that tensor units multiply.
+        vector: seconds of vector units.
+        wait: seconds until a kernel that lives on device memory gets going.
+    """
+
+    def __init__(self, cost: Cost, read: float, written: float, moved: float, gpu: Gpu, reached: Derating) -> None:
+        self.cost, self.moved, self.reached = cost, moved, reached
+        self.memory = (read + written) / gpu.memory_bandwidth
+        self.wait = reached.memory_latency.value if 2 * (read + written) > moved else 0.0
+        self.share = reached.copying.value if 4 * written > read else reached.reading.value
+        self.l2 = moved / reached.l2_bandwidth.value if reached.l2_bandwidth else 0.0
+        self.special = _special_seconds(cost, gpu, reached)
+        self.peaks: dict[str, float] = {}
+        self.vector = 0.0
+        for dtype, flops in cost.matmul.items():
+            rate = gpu.matmul_rate(dtype, tf32=cost.tf32)
+            if rate is not None and rate.unit == "tensor":
+                self.peaks[dtype] = rate.flops_per_second * reached.matmul[rate.dtype].value
+            elif rate is not None:
+                self.vector += flops / (rate.flops_per_second * reached.vector.value)
+        for dtype, flops in cost.vector.items():
+            rate = gpu.vector_rate(dtype)
+            self.vector += flops / (rate.flops_per_second * reached.vector.value) if rate else 0.0
+
+    def plain(self, *, waiting: float, link: float = 0.0) -> Busy:
+        """The slowest lane counts."""
+        share = self.reached.attention.value if self.cost.backend and not self.cost.gemms else 1.0
+        tensor = sum(self.cost.matmul[dtype] / (peak * share) for dtype, peak in self.peaks.items())
+        lanes = self._lanes(tensor, self.memory / self.share, self.l2, link)
+        return Busy(lanes, lanes.slowest[0], lanes.slowest[0] + waiting)
+
+    def products(self, sms: int) -> Busy:
+        """Products cut into tiles, one after the other; each takes its part of what crosses the memory bus."""
+        cost, of = self.cost, self.reached.products
+        memory = self.memory / of.memory.value
+        ideal = [2.0 * g.batch * g.m * g.n * g.k for g in cost.gemms]
+        operands = [g.batch * (g.m * g.k + g.n * g.k + g.m * g.n) for g in cost.gemms]
+        tensor = tiles = working = latency = 0.0
+        for dtype, peak in self.peaks.items():
+            item = ITEM_BITS[dtype] / 8
+            item *= min(1.0, self.moved / (item * sum(operands)))  # packed weights pass L2 as they are stored
+            narrow = ITEM_BITS[dtype] < _WIDE_BITS
+            latency = max(latency, (of.narrow_latency if narrow else of.latency).value)
+            for gemm, own in zip(cost.gemms, operands, strict=True):
+                left = 1.0 if gemm.aligned or self.reached.misaligned is None else self.reached.misaligned.value
+                tiled = _tiled(
+                    gemm,
+                    left * peak * sum(ideal) / cost.matmul[dtype],
+                    sms,
+                    item,
+                    memory * own / sum(operands) / len(self.peaks),
+                    of,
+                    narrow=narrow,
+                )
+                tensor, tiles, working = (a + b for a, b in zip((tensor, tiles, working), tiled, strict=True))
+        lanes = self._lanes(tensor, memory, max(self.l2, tiles))
+        working = max(working, lanes.slowest[0])
+        return Busy(lanes, working, working + latency + self.wait)
+
+    def over_prompts(self, shape: Attended, of: OfAttention, sms: int) -> Busy:
+        """Blocks of some queries of a head, each over whole tiles of the keys that any of them sees."""
+        blocks = shape.heads * shape.group * ceil(shape.queries / _QUERIES)
+        most = _KEYS * ceil(shape.keys / _KEYS)
+        mean = shape.pairs / shape.queries + shape.edges * _QUERIES / 2
+        mean = min(most, _KEYS * ceil(mean / _KEYS))
+        in_turn = max(ceil(blocks / sms) * mean, most)
+        done = in_turn * sms * _QUERIES / (shape.pairs * shape.heads * shape.group)  # what runs, of what counts
+        share = self.reached.attention.value * (of.small.value if shape.size <= _SMALL_HEAD else 1.0)
+        tensor = sum(self.cost.matmul[dtype] * max(1.0, done) / (peak * share) for dtype, peak in self.peaks.items())
+        lanes = self._lanes(tensor, self.memory / of.prompt_memory.value, self.l2)
+        working = max(_together(_OVERLAP, lanes.tensor, lanes.memory), lanes.slowest[0])
+        waves = ceil(blocks / sms)
+        return Busy(lanes, working, working + of.prompt.value + waves * of.prompt_wave.value)
+
+    def over_cache(self, shape: Attended, of: OfAttention, sms: int) -> Busy:
+        """Blocks of all queries that share keys; the keys are split over blocks, as far as there are too few."""
+        share = self.reached.attention.value
+        tensor = sum(self.cost.matmul[dtype] / (peak * share) for dtype, peak in self.peaks.items())
+        lanes = self._lanes(tensor, self.memory / of.cache_memory.value, self.l2)
+        blocks = shape.heads * ceil(shape.queries * shape.group / _QUERIES)
+        waves = ceil(blocks / sms)
+        working = max(_together(_OVERLAP_OF_WAITS, lanes.memory, waves * of.cache_wave.value), lanes.slowest[0])
+        split = of.cache_split.value if shape.keys >= _KEYS else 0.0
+        return Busy(lanes, working, working + of.cache.value + split)
+
+    def _lanes(self, tensor: float, memory: float, l2: float, link: float = 0.0) -> Lanes:
+        return Lanes(tensor=tensor, vector=self.vector, special=self.special, memory=memory, l2=l2, link=link)
+
+
+_WIDE_BITS = 16
 
 
 def _special_seconds(cost: Cost, gpu: Gpu, reached: Derating) -> float:
@@ -175,64 +344,45 @@ def _special_seconds(cost: Cost, gpu: Gpu, reached: Derating) -> float:
     return cost.special / (reached.special.value if reached.special else special_rate(gpu) * reached.vector.value)
 
 
-def _matmul_seconds(
-    cost: Cost, moved: float, gpu: Gpu, reached: Derating, l2_rate: float
+def _together(exponent: float, *lanes: float) -> float:
+    """Seconds of lanes that run side by side and get in each other's way: between the slowest and the sum."""
+    slowest = max(lanes)
+    return slowest * sum((lane / slowest) ** exponent for lane in lanes) ** (1 / exponent) if slowest else 0.0
+
+
+def _tiled(
+    gemm: Gemm, peak: float, sms: int, item_bytes: float, memory: float, of: OfProducts, *, narrow: bool
 ) -> tuple[float, float, float]:
-    """Seconds of tensor units, of vector units where those multiply, and of L2 for the operands of tiles."""
-    tensor = vector = tiles = 0.0
-    for dtype, flops in cost.matmul.items():
-        rate = gpu.matmul_rate(dtype, tf32=cost.tf32)
-        if rate is None:
-            continue
-        if rate.unit != "tensor":
-            vector += flops / (rate.flops_per_second * reached.vector.value)
-            continue
-        share = reached.attention if cost.backend and not cost.gemms else reached.matmul[rate.dtype]
-        peak = rate.flops_per_second * share.value
-        if not cost.gemms or not gpu.sm_count:
-            tensor += flops / peak
-            continue
-        ideal = sum(2.0 * g.batch * g.m * g.n * g.k for g in cost.gemms)
-        item = ITEM_BITS[dtype] / 8
-        operands = item * sum(g.batch * (g.m * g.k + g.n * g.k + g.m * g.n) for g in cost.gemms)
-        item *= min(1.0, moved / operands)  # packed weights pass L2 as they are stored
-        for gemm in cost.gemms:
-            left = 1.0 if gemm.aligned or reached.misaligned is None else reached.misaligned.value
-            needed, loaded = _tiled(gemm, left * peak * ideal / flops, gpu.sm_count, item, l2_rate)
-            tensor += needed
-            tiles += loaded
-    return tensor, vector, tiles
-
-
-_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (32, 128), (16, 128))
-"""Rows and columns of the result that a thread block computes, as in CUTLASS and cuBLAS."""
-_LEAST_SLICE = 256
-"""Inner size below which the split of a product over more blocks does not pay."""
-
-
-def _tiled(gemm: Gemm, peak: float, sms: int, item_bytes: float, l2_rate: float) -> tuple[float, float]:
-    """Seconds of the tensor units and of L2 for a product cut into tiles, by the fastest tile and split.
+    """Seconds of the tensor units, of L2, and of all lanes together, by the fastest tile and split.
 
     Blocks run in waves of one a multiprocessor, and the last wave takes as long as a full one. Each block loads its
     rows and columns of the operands through L2. A product with few tiles splits its inner dimension: partial sums in
-    float32 are written and read once more.
+    float32 are written and read once more. Products of 8 and 4 bits are not split, and have fewer tiles.
     """
+    l2_rate = of.l2.value if of.l2 else 0.0
     best = (0.0, 0.0, float("inf"))
-    for rows, columns in _TILES:
+    for rows, columns in _narrow_tiles(gemm.m) if narrow else _TILES:
         tiles = gemm.batch * ceil(gemm.m / rows) * ceil(gemm.n / columns)
         split = 1
         while True:
             blocks = tiles * split
             inner = ceil(gemm.k / split)
-            needed = ceil(blocks / sms) * 2.0 * rows * columns * inner * sms / peak
+            running = ceil(blocks / sms) * sms
+            needed = running * 2.0 * rows * columns * inner / peak
             partial = 8.0 * split * gemm.batch * gemm.m * gemm.n if split > 1 else 0.0
-            loaded = (blocks * (rows + columns) * inner * item_bytes + partial) / l2_rate if l2_rate else 0.0
-            if max(needed, loaded) < best[2]:
-                best = (needed, loaded, max(needed, loaded))
-            if blocks >= sms or inner < 2 * _LEAST_SLICE:
+            loaded = (running * (rows + columns) * inner * item_bytes + partial) / l2_rate if l2_rate else 0.0
+            more = of.split.value if split > 1 else 0.0
+            if max(needed, loaded, memory) + more < best[2]:  # else there is no need to know by how much it is slower
+                together = _together(_OVERLAP, needed, loaded, memory) + more
+                best = (needed, loaded, together) if together < best[2] else best
+            if blocks >= sms or inner < 2 * _LEAST_SLICE or narrow:
                 break
             split *= 2
-    return best[0], best[1]
+    return best
+
+
+def _narrow_tiles(rows: int) -> tuple[tuple[int, int], ...]:
+    return next((tiles for most, tiles in _NARROW_TILES if rows <= most), _TILES[:3])
 
 
 def _share(of: str, value: float, source: str, dtype: str = "") -> Derated:
@@ -314,12 +464,96 @@ def _l2_bandwidth(gpu: Gpu) -> Derated | None:
     )
 
 
-def _latency(gpu: Gpu) -> Derated:
+def _latencies(gpu: Gpu) -> tuple[Derated, Derated]:
+    """Of a kernel however small, and what one more that lives on device memory waits for it."""
     name, unit = "kernel latency", "s"
-    if gpu.kernel_latency:
-        return Derated(name=name, unit=unit, value=gpu.kernel_latency, source=_OWN)
     source = "GH200's; others 1.0 to 2.0 µs (gpu-benches, small kernels in a graph)"
-    return Derated(name=name, unit=unit, value=1.3e-6, source=source)
+    own = gpu.kernel_latency or 1.3e-6
+    found = Derated(name=name, unit=unit, value=own, source=_OWN if gpu.kernel_latency else source)
+    known = _fitted(gpu)
+    if known is None or "memory_latency" in gpu.overheads:
+        usual = "aiconfigurator, NVIDIA parts"
+        return found, _overhead(gpu, "memory_latency", "memory latency", 3e-6, usual)
+    cycles = known.seconds(name, "kernel_cycles")
+    within = Derated(name="memory latency", unit=unit, value=0.0, source="within that of kernels")
+    return (cycles if cycles.value > own else found), within
+
+
+def _of_products(gpu: Gpu, reading: Derated, l2: Derated | None, latency: Derated, *, waits: bool) -> OfProducts:
+    known = _fitted(gpu)
+    memory, through, split = "memory in products", "L2 in products", "split of a product"
+    small, narrow = "product latency", "product latency in 8 and 4 bits"
+    if known is None:
+        return OfProducts(
+            memory=replace(reading, name=memory),
+            l2=l2 and replace(l2, name=through),
+            latency=replace(latency, name=small),
+            narrow_latency=replace(latency, name=narrow),
+            split=Derated(name=split, unit="s", value=0.0, source="not known"),
+        )
+
+    def at_least(name: str, key: str) -> Derated:
+        own = known.seconds(name, key)
+        return replace(latency, name=name) if waits or latency.value > own.value else own
+
+    return OfProducts(
+        memory=known.times(reading, memory, "product_memory_fraction"),
+        l2=l2 and known.times(l2, through, "product_l2_reuse_factor"),
+        latency=at_least(small, "product_cycles"),
+        narrow_latency=at_least(narrow, "narrow_product_cycles"),
+        split=known.seconds(split, "product_split_cycles"),
+    )
+
+
+def _attention_share(gpu: Gpu) -> Derated:
+    name, known = "attention beside products", _fitted(gpu)
+    return known.share(name, "prompt_attention_fraction") if known else _share(name, 0.81, "an H100's")
+
+
+def _of_attention(gpu: Gpu, reading: Derated) -> OfAttention | None:
+    known = _fitted(gpu)
+    if known is None:
+        return None
+    return OfAttention(
+        small=known.share("heads up to 64 beside that", "prompt_attention_head64_fraction"),
+        prompt_memory=known.times(reading, "memory in prompt attention", "prompt_attention_memory_fraction"),
+        prompt=known.seconds("prompt attention latency", "prompt_attention_cycles"),
+        prompt_wave=known.seconds("each wave of its blocks", "prompt_attention_wave_cycles"),
+        cache_memory=known.times(reading, "memory in decode attention", "decode_attention_memory_fraction"),
+        cache=known.seconds("decode attention latency", "decode_attention_cycles"),
+        cache_split=known.seconds("split of its keys", "decode_attention_split_cycles"),
+        cache_wave=known.seconds("a wave of its blocks", "decode_attention_wave_cycles"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """What was fitted on measured kernels of a part or of one like it, by the names of `FITTED`."""
+
+    gpu: Gpu
+    figures: Mapping[str, Figure]
+    clock_hz: float
+
+    def share(self, name: str, key: str) -> Derated:
+        return self._derated(name, key, self.gpu.fitted[key])
+
+    def times(self, other: Derated, name: str, key: str) -> Derated:
+        return self._derated(name, key, other.value * self.gpu.fitted[key], unit=other.unit)
+
+    def seconds(self, name: str, key: str) -> Derated:
+        count = self.gpu.fitted[key]
+        return self._derated(name, key, count / self.clock_hz, unit="s", said=f"{count:g} cycles, ")
+
+    def _derated(self, name: str, key: str, value: float, *, unit: str = "", said: str = "") -> Derated:
+        figure = self.figures[key]
+        source, part = f"{said}{figure.source_title}", figure.taken_from or self.gpu.key
+        return Derated(name=name, value=value, source=source, unit=unit, fitted_on=part)
+
+
+def _fitted(gpu: Gpu) -> _Fitted | None:
+    if not gpu.fitted or not gpu.clock_hz or not gpu.sm_count:
+        return None
+    return _Fitted(gpu, {figure.key: figure for figure in gpu.figures if figure.key in FITTED}, gpu.clock_hz)
 
 
 _L2_BYTES_PER_CLOCK = {"nvidia": 36.0, "small": 15.0, "amd": 28.0}

@@ -104,6 +104,7 @@ def _moved(cost: Cost, tensors: Mapping[int, int]) -> Cost:
         backend=cost.backend,
         note=cost.note,
         gemms=cost.gemms,
+        attended=cost.attended,
         exchange=cost.exchange,
         parts=tuple(parts),
         waits=cost.waits,

@@ -4,12 +4,12 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from .gpu import UNITS, Confidence, Figure, Gpu, from_figures
+from .gpu import FITTED, UNITS, Confidence, Figure, Gpu, from_figures, taking_over
 
 CATALOG_VERSION = "2026-11-21"
 """The day on which the shipped figures were last collected."""
@@ -129,7 +129,52 @@ def _shipped(key: str) -> Gpu:
 
 
 def _read(path: Path, *, shipped: bool) -> Gpu:
-    return _File(path, _document(path)).gpu(must_cite=shipped)
+    file = _File(path, _document(path))
+    return file.completed(file.gpu(must_cite=shipped))
+
+
+@cache
+def _relatives() -> Mapping[str, Gpu]:
+    """The shipped parts whose files have fitted figures, or name a part for them; nothing is taken over yet."""
+    files = (_FOLDER / f"{key}.toml" for key in names())
+    # only few have, and parsing all files takes longer than anything else here
+    some = [path for path in files if any(key in path.read_text(encoding="utf-8") for key in (_LIKE, *FITTED))]
+    return {path.stem: _File(path, _document(path)).gpu(must_cite=True) for path in some}
+
+
+_LIKE = "kernels_like"
+"""The key that names the part whose fitted figures are taken over."""
+
+
+@cache
+def _measured() -> Mapping[str, Gpu]:
+    """The parts whose own kernels were fitted on."""
+    return {key: gpu for key, gpu in _relatives().items() if gpu.fitted.keys() == FITTED.keys()}
+
+
+def _origin(gpu: Gpu) -> tuple[Gpu, str] | None:
+    """The part whose kernels are taken to be like those of another, and why.
+
+    It is that of the vendor with the nearest compute capability that is not above, else with the lowest; where that one
+    names a part, it is the one named.
+    """
+    telling = (other for key, other in _relatives().items() if key in _measured() or _named(other))
+    kin = sorted((other for other in telling if other.vendor == gpu.vendor), key=_capability)
+    if not kin:
+        return None
+    nearest = next((other for other in reversed(kin) if _capability(other) <= _capability(gpu)), kin[0])
+    if _named(nearest):
+        return _measured()[_named(nearest)], f"as on {nearest.key}"
+    alike = gpu.architecture == nearest.architecture or gpu.compute_capability == nearest.compute_capability
+    return nearest, "same architecture" if alike else "the nearest that was measured"
+
+
+def _capability(gpu: Gpu) -> tuple[int, int]:
+    return gpu.compute_capability or (0, 0)
+
+
+def _named(gpu: Gpu) -> str:
+    return next((str(figure.value) for figure in gpu.figures if figure.key == _LIKE), "")
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -170,6 +215,37 @@ class _File:
             shorthands=self._texts("shorthands"),
             notes=self._texts("notes"),
             disagreements=self._texts("disagreements"),
+        )
+
+    def completed(self, gpu: Gpu) -> Gpu:
+        """The part with the fitted figures that its file lacks, taken over from another part."""
+        own, named = gpu.fitted.keys(), _named(gpu)
+        missing = [key for key in FITTED if key not in own]
+        if not (gpu.clock_hz and gpu.sm_count):  # how long cycles and waves are is not known then
+            if named or own:
+                key = _LIKE if named else next(iter(own))
+                self._fail(key, "needs a clock and a count of SMs", "give boost_clock_mhz and sm_count, or remove it")
+            return gpu
+        if named and named not in _measured():
+            self._fail(_LIKE, f"is {_shown(named)}", f"name one of {', '.join(_measured())}, or remove it")
+        found = (_measured()[named], "named in its file") if named else _origin(gpu)
+        if missing and own and not found:
+            self._fail(missing[0], "is missing", f"give it, or name a part for what is missing in {_LIKE}")
+        if not missing or not found:
+            return gpu
+        origin, why = found
+        figures = {figure.key: figure for figure in origin.figures}
+        return taking_over(
+            gpu,
+            (
+                replace(
+                    figures[key],
+                    source_id=f"{origin.key}/{figures[key].source_id}",
+                    source_title=f"{figures[key].source_title}, taken over from {origin.key}: {why}",
+                    taken_from=origin.key,
+                )
+                for key in missing
+            ),
         )
 
     def _figures(self, *, must_cite: bool) -> tuple[Figure, ...]:
@@ -243,7 +319,7 @@ class _File:
         if unit in {"count", "year", "B"} and not isinstance(value, int):
             self._fail(key, f"is {_shown(value)}, not a whole number", "give a whole number")
         if unit == "fraction" and value > 1:
-            self._fail(key, f"is {_shown(value)}", "give the achieved share of the peak, at most 1")
+            self._fail(key, f"is {_shown(value)}", "give a share, at most 1")
         return value
 
     def _check_known(self, key: str) -> None:

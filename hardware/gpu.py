@@ -2,8 +2,8 @@
 
 import functools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .units import Bytes, BytesPerSecond, FlopsPerByte, FlopsPerSecond
@@ -23,6 +23,7 @@ class Figure:
         source_id: The source's short name in the file; `user` in a file without sources.
         source_title: The citation.
         source_kind: vendor, repo, measured, secondary, derived, unverified or user.
+        taken_from: The key of the part in whose file it stands, where that is another part's; else empty.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Figure:
     source_id: str
     source_title: str
     source_kind: str
+    taken_from: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,8 @@ class Gpu:
         overheads: Measured seconds: `launch` of an op by the host, `launch_again` of its further kernels,
             `memory_latency` of a kernel, `read_back` of a value.
         achieved: Published achieved share of the peak: `memory_read`, `memory_triad`, `tensor_bfloat16`, ...
-        figures: Every figure as printed, with its source.
+        fitted: All of `FITTED`, fitted on kernels of this part or of one like it; empty where there are none.
+        figures: Every figure as printed, with its source; those that are taken over from another part last.
         notes: What a reader of the figures must know.
         disagreements: Where sources contradict each other, and the choice made.
     """
@@ -151,6 +154,7 @@ class Gpu:
     special_measured: float | None
     overheads: Mapping[str, float] = field(hash=False)
     achieved: Mapping[str, float] = field(hash=False)
+    fitted: Mapping[str, float] = field(hash=False)
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
     disagreements: tuple[str, ...]
@@ -276,11 +280,40 @@ def from_figures(
         special_measured=_scaled(numbers.get("achieved_special_gop_per_s"), _GIGA),
         overheads={name: numbers[key] * 1e-6 for key, name in _OVERHEADS.items() if key in numbers},
         achieved=_achieved(numbers),
+        fitted=_fitted(figures),
         figures=figures,
         notes=notes,
         disagreements=disagreements,
     )
 
+
+def taking_over(gpu: Gpu, figures: Iterable[Figure]) -> Gpu:
+    """The part with fitted figures of another one beside its own."""
+    both = (*gpu.figures, *figures)
+    return replace(gpu, figures=both, fitted=_fitted(both))
+
+
+FITTED: Mapping[str, str] = {
+    "kernel_cycles": "a kernel, however small",
+    "product_cycles": "the same of a matrix product",
+    "narrow_product_cycles": "the same of one of 8 or 4 bits",
+    "product_split_cycles": "more where the inner dimension of a product is split",
+    "product_memory_fraction": "of the bandwidth that a kernel which reads reaches, in products",
+    "product_l2_reuse_factor": "operands of tiles that pass L2, over its bandwidth: tiles of several blocks load once",
+    "prompt_attention_fraction": "of the rate that products reach, in attention over prompts",
+    "prompt_attention_head64_fraction": "of that, what is left for heads up to 64",
+    "prompt_attention_memory_fraction": "of the bandwidth that a kernel which reads reaches, in attention over prompts",
+    "prompt_attention_cycles": "attention over prompts, however small",
+    "prompt_attention_wave_cycles": "more for each wave of its blocks",
+    "decode_attention_memory_fraction": "of that bandwidth, in attention of a few queries over a cache",
+    "decode_attention_cycles": "that attention, however small",
+    "decode_attention_split_cycles": "more where its keys are split over blocks",
+    "decode_attention_wave_cycles": "a wave of its blocks",
+}
+"""Figures of kernels that no data sheet has, fitted on measured kernels: what each is. Cycles are of the boost clock.
+
+A part has all of them or none: those that its file lacks are taken over from another part.
+"""
 
 _MEGA, _GIGA, _TERA = 10**6, 10**9, 10**12
 _KIBI, _MEBI, _GIBI = 2**10, 2**20, 2**30
@@ -396,8 +429,10 @@ _FIGURES_BY_UNIT: dict[str, tuple[str, ...]] = {
     "W": ("tdp_w",),
     "us": ("kernel_in_graph_us", "kernel_in_stream_us", *_OVERHEADS),
     "USD/h": ("price_usd_per_gpu_hour", "price_usd_per_gpu_hour_low", "price_usd_per_gpu_hour_high"),
-    "fraction": tuple(_ACHIEVED_FIGURES),
-    "": ("architecture", "compute_capability", "gfx_target", "memory_type", "interconnect"),
+    "clk": tuple(key for key in FITTED if key.endswith("_cycles")),
+    "fraction": (*_ACHIEVED_FIGURES, *(key for key in FITTED if key.endswith("_fraction"))),
+    "factor": tuple(key for key in FITTED if key.endswith("_factor")),
+    "": ("architecture", "compute_capability", "gfx_target", "memory_type", "interconnect", "kernels_like"),
 }
 
 UNITS: Mapping[str, str] = {key: unit for unit, keys in _FIGURES_BY_UNIT.items() for key in keys}
@@ -459,6 +494,10 @@ def _peaks(numbers: Mapping[str, float | int], names: Mapping[str, str]) -> dict
 
 def _achieved(numbers: Mapping[str, float | int]) -> dict[str, float]:
     return {name: float(numbers[key]) for key, name in _ACHIEVED_FIGURES.items() if key in numbers}
+
+
+def _fitted(figures: Iterable[Figure]) -> dict[str, float]:
+    return {f.key: float(f.value) for f in figures if f.key in FITTED}
 
 
 def _special(numbers: Mapping[str, float | int]) -> float | None:

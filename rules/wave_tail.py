@@ -39,10 +39,10 @@ from dataclasses import dataclass, replace
 from math import ceil, floor
 
 from ..analyzer.cost import Cost
-from ..analyzer.estimate import Derating, busy, derating
+from ..analyzer.estimate import Busy, Derating, busy, derating
 from ..analyzer.finding import Confidence, Match, Remedy, Severity, Situation, rule
 from ..analyzer.graph import Graph, Role
-from ..analyzer.roofline import Bound, Lanes
+from ..analyzer.roofline import Bound
 from ..hardware.gpu import Gpu
 
 _OF_SAVING = 0.25
@@ -159,20 +159,25 @@ class _Product:
     gpu: Gpu
     reached: Derating
 
-    def lanes(self, rows: float) -> Lanes:
-        """Seconds of one with so many times as many rows, all it moves taken from device memory."""
+    @property
+    def limit(self) -> Bound:
+        """What limits one, all it moves taken from device memory."""
+        return self._alone(1.0).lanes.slowest[1]
+
+    def seconds(self, rows: float) -> float:
+        """Seconds that all take for as many rows as now, in steps of so many times as many."""
+        scaled = round(self.cost.gemms[0].m * rows) / self.cost.gemms[0].m
+        return self.times * self._alone(rows).working / scaled
+
+    def _alone(self, rows: float) -> Busy:
+        """One with so many times as many rows."""
         gemm = self.cost.gemms[0]
         scaled = round(gemm.m * rows)
         share = scaled / gemm.m
         matmul = {dtype: flops * share for dtype, flops in self.cost.matmul.items()}
         cost = replace(self.cost, matmul=matmul, vector={}, gemms=(replace(gemm, m=scaled),))
         moved = self.fixed + (self.moved - self.fixed) * share
-        return busy(cost, moved, 0.0, moved, self.gpu, self.reached).lanes
-
-    def seconds(self, rows: float) -> float:
-        """Seconds that all take for as many rows as now, in steps of so many times as many."""
-        scaled = round(self.cost.gemms[0].m * rows) / self.cost.gemms[0].m
-        return self.times * self.lanes(rows).slowest[0] / scaled
+        return busy(cost, moved, 0.0, moved, self.gpu, self.reached)
 
 
 def _products(situation: Situation, batch: int) -> Sequence[_Product]:
@@ -201,7 +206,7 @@ def _products(situation: Situation, batch: int) -> Sequence[_Product]:
         )
         for kind, index in found.items()
     ]
-    return [product for product in products if product.lanes(1.0).slowest[1] is Bound.COMPUTE]
+    return [product for product in products if product.limit is Bound.COMPUTE]
 
 
 def _weight_bytes(graph: Graph, cost: Cost) -> int:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from math import prod
 
 from ...hardware.gpu import Gpu
-from ..cost import Access, Call, Cost, Gemm, Part, formula, unpriced
+from ..cost import Access, Attended, Call, Cost, Gemm, Part, formula, unpriced
+from ..graph import Tensor
 from ..sdpa import HALF, UNKNOWN_CAPABILITY, Attention, Backend, BackendName, choose_backend
 from .arithmetic import number
 from .attention_kernels import (
@@ -173,6 +174,7 @@ def flex_attention(call: Call) -> Cost:
             **({"others": 0} if pairs < whole else {}),
         },
         dense_matmul=whole * per_pair if pairs != whole else None,
+        attended=_attended(query, key, pairs, key.shape[-2], 0),
         backend="flex",
         note="; ".join(notes),
     )
@@ -228,6 +230,7 @@ def _fused_cost(
         scratch_read=_scratch_read(steps),
         scratch_written=_scratch_written(steps),
         dense_matmul=dense if dense != executed else None,
+        attended=_attended(query, key, pairs, band.seen(queries, keys), band.edges),
         tf32=tf32,
         backend=backend.name,
         note=backend.reason,
@@ -288,6 +291,21 @@ def _math_cost(call: Call, attention: Attention, steps: tuple[Step, ...], backen
     if flops.keys() & {"scale query", "softmax"}:  # Metal's steps are fewer: what others do is done between products
         return replace(cost, parts=())
     return _in_parts(call, cost, steps, parts)
+
+
+def _attended(query: Tensor, key: Tensor, pairs: int, seen: int, edges: int) -> Attended | None:
+    rows, own = prod(query.shape[:-2]), prod(key.shape[:-2])
+    if not pairs or not rows * own:
+        return None
+    return Attended(
+        heads=min(own, rows),
+        group=max(1, rows // own),
+        queries=query.shape[-2],
+        keys=seen,
+        pairs=pairs // rows,
+        edges=edges,
+        size=query.shape[-1],
+    )
 
 
 def _splits_float32(backend: BackendName, dtype: str, gpu: Gpu) -> bool:

@@ -36,6 +36,18 @@ class Band:
         last = keys if self.right is None else _clamp(queries + self.right, keys)
         return last - (0 if self.left is None else _clamp(-self.left, keys))
 
+    @property
+    def edges(self) -> int:
+        """How many ends of what a query sees move with it."""
+        return (self.left is not None) + (self.right is not None)
+
+    def seen(self, queries: int, keys: int) -> int:
+        """Keys that the query sees which sees most of them."""
+        last = keys if self.right is None else _clamp(queries + self.right, keys)
+        if self.left is None:
+            return last
+        return min(last, self.left + 1 + (keys if self.right is None else self.right))
+
 
 def _ramp(queries: int, keys: int, shift: int) -> int:
     """Sum over i < queries of i + shift, kept between 0 and keys."""

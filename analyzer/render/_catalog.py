@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.text import Text
 
-from ...hardware.gpu import Gpu, Rate
+from ...hardware.gpu import Figure, Gpu, Rate
 from . import _units as units
 from ._layout import Column, bullets, clean, fact, printed, table, title
 from .registry import Options
@@ -80,9 +80,10 @@ def _part(gpu: Gpu, note: str | None, width: int) -> Iterator[Text]:
     yield Text("matmul of", style="dim")
     yield from table(_rates(gpu), width, indent=2)
     yield Text()
-    yield Text("figures", style="dim")
-    yield from table(_figures(gpu), width, indent=2)
-    yield Text()
+    for origin in dict.fromkeys(figure.taken_from for figure in gpu.figures):
+        yield Text(f"figures of kernels, taken over from {clean(origin)}" if origin else "figures", style="dim")
+        yield from table(_figures([f for f in gpu.figures if f.taken_from == origin]), width, indent=2)
+        yield Text()
     yield Text("sources", style="dim")
     sources = dict.fromkeys((f.source_id, f.source_kind, f.source_title) for f in gpu.figures)
     yield from bullets((f"{name} ({kind}): {citation}" for name, kind, citation in sources), width)
@@ -119,8 +120,7 @@ def _rates(gpu: Gpu) -> list[Column]:
     ]
 
 
-def _figures(gpu: Gpu) -> list[Column]:
-    figures = gpu.figures
+def _figures(figures: Sequence[Figure]) -> list[Column]:
     values = [clean(f.value) if isinstance(f.value, str) else f"{f.value:.12g}" for f in figures]
     return [
         Column(header="figure", cells=[figure.key for figure in figures], least=16),

@@ -558,13 +558,34 @@ def _caveats(report: Report, width: int) -> Iterator[Text]:
 
 
 def _reached(run: Run) -> Iterator[str]:
-    """The figures that make estimates of bounds, those for dtypes that no phase uses left out."""
+    """The main figures that make estimates of bounds, those for dtypes that no phase uses left out."""
     used = {phase.matmul_path.rpartition(" ")[2] for phase in run.phases}
-    for derated in run.derating:
-        if derated.dtype and derated.dtype not in used:
-            continue
+    told = [derated for derated in run.derating if derated.value and (not derated.dtype or derated.dtype in used)]
+    main = [derated for derated in told if derated.dtype or derated.name in _MAIN]
+    for derated in main:
         value = units.scaled(derated.value, derated.unit) if derated.unit else units.percent(derated.value)
         yield f"{derated.name} {value}" + (f" ({derated.source})" if derated.source == "assumed" else "")
+    if len(told) > len(main):
+        yield f"{len(told) - len(main)} more with -f json"
+    fitted_on = {derated.fitted_on for derated in told} - {""}
+    if fitted_on:
+        others = ", ".join(f"{clean(key)}'s" for key in sorted(fitted_on - {run.gpu.key}))
+        whose = f"{others}, taken over" if others else "its own"
+        yield f"fitted figures of kernels: {whose}"
+
+
+_MAIN = {
+    "memory when reading",
+    "memory when writing too",
+    "attention beside products",
+    "L2",
+    "cache",
+    "kernel latency",
+    "launch of an op",
+    "launch of its further kernels",
+    "reading a value back",
+}
+"""Figures of estimates that the page names beside those of products; the others are of single kinds of kernels."""
 
 
 def _coverage(coverage: Coverage, width: int) -> Iterator[Text]:

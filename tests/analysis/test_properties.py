@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from fxroof.analyzer.analysis import PhaseAnalysis, analyze_phase
+from fxroof.analyzer.execution import Execution
 from fxroof.analyzer.graph import Graph, Role, dataflow
 from fxroof.analyzer.scenario import Scenario
 from fxroof.analyzer.trace import trace
@@ -67,6 +68,12 @@ def test_more_of_anything_is_never_slower(name: str, factor: float) -> None:
             after = analyze_phase(graph, better)[0]
             assert after.seconds.bound <= before.seconds.bound
             assert after.seconds.floor <= before.seconds.floor
+            for now, then in zip(_both(after), _both(before), strict=True):
+                assert now.estimate <= then.estimate * (1 + 1e-9)
+
+
+def _both(phase: PhaseAnalysis) -> tuple[Execution, Execution]:
+    return phase.executions.eager, phase.executions.compiled
 
 
 @pytest.mark.parametrize("name", ["mymodel", "gptfast", "qwen3-8b", "gemma-2-9b"])

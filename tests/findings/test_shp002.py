@@ -56,11 +56,10 @@ def seconds(found, rows=None):
     """Of the products alone, of so many rows if given, as the estimate prices them."""
     gpu = found.gpu
     costs = [cost for cost in found.costs if cost.gemms and rows in (None, cost.gemms[0].m)]
+    moved = [sum(a.read + a.written for a in cost.traffic) for cost in costs]
     return sum(
-        busy(cost, sum(a.read for a in cost.traffic), 0.0, sum(a.read + a.written for a in cost.traffic), gpu,
-             derating(gpu)).lanes.slowest[0]
-        for cost in costs
-    )  # fmt: skip
+        busy(cost, nbytes, 0.0, nbytes, gpu, derating(gpu)).working for cost, nbytes in zip(costs, moved, strict=True)
+    )
 
 
 def batch_of(match):
@@ -73,7 +72,7 @@ def batch_of(match):
         (Rows, (528, INNER), "bf16"),
         (Rows, (1024, INNER), "bf16"),
         (Functional, (1024, INNER), "bf16"),
-        (Images, (13, 256, 14, 14), "fp16"),
+        (Images, (11, 256, 14, 14), "fp16"),
     ],
     ids=["two waves", "three waves", "functional", "images"],
 )
@@ -92,11 +91,11 @@ def test_the_saving_is_that_of_the_trace_at_the_neighbouring_shape(model, shape,
 
 
 def test_the_example_of_its_page():
-    """136 tiles on 132 multiprocessors take as long as 264."""
+    """136 tiles on 132 multiprocessors take two waves; smaller tiles, which load more, take some of that back."""
     now = situation(at(Rows(), (1024, INNER)))
     (match,) = RULE.check(now)
     assert match.evidence["product"] == f"1024 x {WIDTH} x {INNER}"
-    assert match.evidence["lost_seconds"] > 0.2 * match.evidence["seconds"]
+    assert match.evidence["lost_seconds"] > 0.1 * match.evidence["seconds"]
 
 
 @pytest.mark.parametrize(

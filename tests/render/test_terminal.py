@@ -4,8 +4,11 @@ import re
 from dataclasses import replace
 
 import pytest
+from fxroof.analyzer.estimate import derating
+from fxroof.analyzer.render import terminal
 from fxroof.analyzer.render._hotspots import hotspots
 from fxroof.analyzer.render.registry import Options, render
+from fxroof.hardware.catalog import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from render.sample import memory, partial, renamed, report
@@ -157,3 +160,29 @@ def test_assumptions_are_said_once_and_named_where_they_hold_for_one_gpu():
     page = shown(width=120)
     assert page.count("times are bounds from vendor peaks") == 1
     assert "x100: known of x100 only" in page
+
+
+@pytest.mark.parametrize(
+    ("key", "kernels"),
+    [("b200", "h100_sxm's, taken over"), ("a100_sxm_80gb", "its own"), ("mi300x", None), ("tpu_v5e", None)],
+)
+def test_the_main_figures_of_estimates_are_told_and_the_others_counted(key, kernels):
+    original = report()
+    (run,) = original.runs
+    gpu = load(key).gpu
+    known = derating(gpu).figures
+    page = shown(
+        replace(original, runs=(replace(run, gpu=replace(run.gpu, key=key), derating=known),)), width=200
+    ).partition("reached ")[2]
+    for name in ("memory when reading", "bfloat16 products", "attention beside products", "launch of an op"):
+        assert page.count(name) == 1
+    assert " 0 s" not in page
+    assert "float16 products" not in page.replace("bfloat16 products", "")  # no phase of the sample multiplies them
+    told = page.count("%") + len(re.findall(r" (?:B|.B|.?s|.B/s)(?: ·|$)", page, re.MULTILINE))
+    unseen = [figure for figure in known if figure.value and figure.dtype in ("", "bfloat16")]
+    assert f"{len(unseen) - told} more with -f json" in page
+    assert ("fitted figures of kernels: " + kernels in page) if kernels else ("fitted" not in page)
+
+
+def test_every_main_figure_is_one_of_estimates():
+    assert {figure.name for figure in derating(load("b200").gpu).figures} >= terminal._MAIN
