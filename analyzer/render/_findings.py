@@ -1,6 +1,7 @@
 """Findings for people: what is wrong, where, why, what to write instead, and what that saves."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import PurePath
 
 from rich.text import Text
@@ -115,16 +116,22 @@ def _part(part: Part | None) -> str:
 
 def _waterfall(name: str, steps: tuple[Step, ...], run: Run, width: int) -> Iterator[Text]:
     yield title(f"{clean(name)}: one remedy after the other", width)
+    rows = [(_step(step, run), units.seconds(step.bound), _estimate(step)) for step in steps]
+    # what an earlier remedy does already is named in the list above, and would be a row without news here
+    news = [row for before, row in pairwise(rows) if row[1:] != before[1:] or row is rows[-1]]
+    cells = [list(column) for column in zip(rows[0], *news, strict=True)]
     columns = [
-        Column(header="", cells=[_step(step, run) for step in steps], least=12),
-        Column(header="bound", cells=[units.seconds(step.bound) for step in steps], right=True),
-        Column(
-            header="estimate",
-            cells=[units.seconds(step.estimate) if step.estimate is not None else "" for step in steps],
-            right=True,
-        ),
+        Column(header="", cells=cells[0], least=12),
+        Column(header="bound", cells=cells[1], right=True),
+        Column(header="estimate", cells=cells[2], right=True),
     ]
     yield from table(columns, width)
+    if rest := len(rows) - 1 - len(news):
+        yield Text(f"{rest} more: nothing on top of these", style="dim")
+
+
+def _estimate(step: Step) -> str:
+    return units.seconds(step.estimate) if step.estimate is not None else ""
 
 
 def _step(step: Step, run: Run) -> str:
