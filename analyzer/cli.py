@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from .console import Progress, deliver, options, print_error, print_note, silence_stdout
+from .errors import BoxError, CoverageError, FxroofError, TargetError, TraceError, WorkloadError
 from .parameters import (
     DIFF_FORMATS,
     MODULE_RULES,
@@ -438,6 +439,7 @@ def analyze(
         modules=tuple(chain(*per_module_ignore)),
     )
     saved = _saved_report(targets)
+    lost: Sequence[FxroofError] = ()
     if saved is not None:
         _refuse_tracing_options(ctx, targets[0])
         report = _repriced(ctx, saved, gpus if _was_given(ctx, "gpus") else (), selection)
@@ -449,8 +451,9 @@ def analyze(
         from .report import merged
 
         with Progress(quiet=quiet) as progress:
-            report = merged(
-                analyze_target(
+
+            def analysed(target: str) -> Report:
+                return analyze_target(
                     target,
                     gpus=gpus,
                     scenarios=situations,
@@ -469,8 +472,9 @@ def analyze(
                     debug=debug,
                     progress=progress.say,
                 )
-                for target in dict.fromkeys(targets)
-            )
+
+            reports, lost = _of_each(tuple(dict.fromkeys(targets)), analysed)
+        report = merged(reports)
     if baseline is not None:
         report = applied(report, known)
     if limits:
@@ -483,7 +487,9 @@ def analyze(
         deliver(render(report, name, options(file, top=top, by=by)), file)
     for failure in report.failures:
         print_error(f"{failure.phase} was not analysed: {failure.message}", failure.hint)
-    if report.failures:
+    for error in lost:
+        print_error(error.message, error.hint)
+    if report.failures or lost:
         return EXIT_STOPPED
     return EXIT_FOUND if not exit_zero and _fails(report, fail_on) else 0
 
@@ -570,6 +576,7 @@ def init(
 @click.option(
     "--device", default="auto", show_default=True, help="cuda, cuda:1, cpu; auto takes CUDA where there is one."
 )
+@click.option("--scenario", "wanted", metavar="NAME", help="Scenario of the settings.  [default: the options' own]")
 @_sized
 @_built
 @click.option("--compile", "compiled", is_flag=True, help="Also run what torch.compile makes of it.")
@@ -600,6 +607,7 @@ def measure(
     target: str,
     gpu: str,
     device: str,
+    wanted: str | None,
     dtype: str,
     phase: str,
     attention: str,
@@ -639,7 +647,7 @@ def measure(
     from .render._measured import terminal
     from .request import Request
 
-    (scenario,) = _situations(ctx, None, ())
+    (scenario,) = _situations(ctx, _project(ctx), (wanted,)) if wanted else _situations(ctx, None, ())
     request = Request(
         target=target,
         init=init,
@@ -938,6 +946,23 @@ def _situations(ctx: click.Context, project: Project | None, wanted: Sequence[st
 _LENGTHS = frozenset({"input_len", "output_len"})
 
 
+def _of_each(
+    targets: Sequence[str], analysed: Callable[[str], Report]
+) -> tuple[Sequence[Report], Sequence[FxroofError]]:
+    """Reports of the targets, and the errors of those that have none: one is no reason to say nothing of the others."""
+    reports, lost = [], []
+    for target in targets:
+        try:
+            reports.append(analysed(target))
+        except (TargetError, WorkloadError, TraceError, BoxError, CoverageError) as error:
+            if len(targets) == 1:
+                raise
+            lost.append(error)
+    if not reports:
+        raise lost[0]
+    return reports, lost
+
+
 def _saved_report(targets: Sequence[str]) -> Report | None:
     """The report in a .json file, or None where that is something else."""
     from .report import is_report, read_report
@@ -1034,7 +1059,6 @@ def _usage_error(error: click.UsageError) -> int:
 
 def _unexpected(error: Exception, *, debug: bool) -> int:
     from ..hardware.catalog import CatalogError
-    from .errors import FxroofError
 
     if debug:
         import traceback

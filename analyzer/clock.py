@@ -79,16 +79,21 @@ def on_threads(number: int) -> Iterator[None]:
 def _frames(request: Request, order: Order, debug: bool) -> Iterator[Frame]:
     device = device_of(order.device)
     gpu = _part(order, device)
-    if gpu is None:
-        from .calibrate import QUICK, calibrate, to_toml
-
-        yield Progress("measuring this machine, which takes some ten seconds")
-        toml = to_toml(calibrate(device, QUICK))
-        yield Calibrated(toml)
-        gpu = part_of(toml).gpu
     with keeping() as kept:
-        bench = Bench(device, gpu, order, RealMemory(device, kept))
-        traced, _ = from_request(request, debug=debug, work=bench.frames)
+        bench = Bench(device, gpu, order, RealMemory(device, kept)) if gpu else None
+
+        def run(model: Model, program: Program) -> Iterator[Frame]:
+            nonlocal bench
+            if bench is None:  # not before there is something to run: a typing error should not cost ten seconds
+                from .calibrate import QUICK, calibrate, to_toml
+
+                yield Progress("measuring this machine, which takes some ten seconds")
+                toml = to_toml(calibrate(device, QUICK))
+                yield Calibrated(toml)
+                bench = Bench(device, part_of(toml).gpu, order, RealMemory(device, kept))
+            yield from bench.frames(model, program)
+
+        traced, _ = from_request(request, debug=debug, work=run)
         yield from traced
 
 

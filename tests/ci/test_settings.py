@@ -12,7 +12,7 @@ from fxroof.analyzer.starter import model_files
 from render.sample import report
 from support import ROOT
 
-pytestmark = pytest.mark.xdist_group("settings")
+pytestmark = [pytest.mark.xdist_group("settings"), pytest.mark.usefixtures("unboxed")]
 
 MODEL = (ROOT / "examples" / "mymodel.py").read_text().replace("n_layers: int = 24", "n_layers: int = 2")
 TINY = """
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def analysed(folder):
+def analysed(folder, unboxed):
     """`fxroof analyze` alone, in the folder of the settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -208,3 +208,16 @@ def test_init_does_not_guess_between_files_and_writes_nothing_where_it_fails(fol
     assert "mymodel.py, tiny.py" in result.stderr
     assert fxroof("init", "nothing.py", "-o", tmp_path / "new.toml").exit_code == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_fails_leaves_the_others(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    given = ("analyze", "broken.py", "tiny.py", "missing.py", "--isolated", "--gpu", "b200", "-f", "json", "-q")
+    (folder / "broken.py").write_text("1 / 0\n")
+    done = fxroof(*given)
+    assert done.exit_code == 2
+    assert [trace["model"]["name"] for trace in json.loads(done.stdout)["traces"]] == ["Tiny"]
+    assert "ZeroDivisionError" in done.stderr
+    assert "missing.py: no such file" in done.stderr
+    none = fxroof("analyze", "broken.py", "missing.py", "--isolated", "--gpu", "b200", "-q")
+    assert (none.exit_code, none.stdout) == (2, "")

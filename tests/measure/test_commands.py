@@ -60,10 +60,21 @@ def test_a_model_is_measured_into_a_file(folder):
     assert [call["target"] for call in phase["calls"]] == ["aten.linear.default", "aten.relu.default"]
 
 
+def test_a_scenario_of_the_settings_is_measured(folder):
+    (folder / "fxroof.toml").write_text('[[scenarios]]\nname = "a"\n[[scenarios]]\nname = "b"\nbatch-size = 3\n')
+    done = fxroof(
+        *("measure", "tiny.py", "--gpu", "./part.toml", "--device", "cpu", "--input", "x=4x64", "--runs", 3, "-q"),
+        *("--scenario", "b", "--no-kernels", "-f", "json"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["scenario"]["batch_size"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["measure", "nothing.py", "--gpu", "./part.toml"], "nothing.py: no such file"),
+        (["measure", "nothing.py"], "nothing.py: no such file"),
+        (["measure", "tiny.py", "--scenario", "chat"], "There is no scenario 'chat'"),
         (["measure", "tiny.py", "--gpu", "none.toml"], "none.toml"),
         (["measure", "tiny.py", "--device", "cuda:99"], "cuda:99"),
         (["measure", "tiny.py", "-o", "none/out.json"], "there is no folder"),
