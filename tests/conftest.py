@@ -1,10 +1,11 @@
 """Options and fixtures for all tests."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fxroof.analyzer import box
 from support import TARGETS
 
 gc.set_threshold(300_000, 10, 10)  # graphs live as long as the tests: looking for garbage among them takes a fifth
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             name = next((value for value in parameters.values() if isinstance(value, str) and value in TARGETS), None)
             if name is not None:
                 item.add_marker(pytest.mark.xdist_group(name))
+
+
+@pytest.fixture(scope="module")
+def unboxed() -> Iterator[None]:
+    """Have models run in the tests' own process, where torch is imported already: the box has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(box, "AVAILABLE", False)
+        yield
 
 
 @pytest.fixture

@@ -98,15 +98,21 @@ def test_what_the_code_prints_goes_to_standard_error(run, capsys):
     "top",
     [
         "os.close(0); os.close(1); os.close(2)",
-        "sys.stdout.close(); sys.stderr.close()",
-        "sys.stdout = sys.stderr = sys.stdin = None; sys.argv.clear(); os.chdir('/'); os.environ.clear()",
-        "os._exit = sys.exit = json.dumps = json.loads = None",
-        "threading.Thread(target=time.sleep, args=(10_000,)).start(); subprocess.Popen(['sleep', '10000'])",
-        "[signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE)]",
+        "sys.stdout.close(); sys.stderr.close(); signal.signal(signal.SIGPIPE, signal.SIG_IGN)",
+        (
+            "sys.stdout = sys.stderr = sys.stdin = None; sys.argv.clear(); os.chdir('/'); os.environ.clear()\n"
+            "os._exit = sys.exit = json.dumps = json.loads = None"
+        ),
+        (
+            "threading.Thread(target=time.sleep, args=(10_000,)).start(); subprocess.Popen(['sleep', '10000'])\n"
+            "[signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]\n"
+            "atexit.register(time.sleep, 10_000)"
+        ),
         "os.fork()",
-        "atexit.register(os._exit, 7)",
-        "atexit.register(time.sleep, 10_000)",
-        "sys.settrace(lambda *a: None); sys.setprofile(lambda *a: None); sys.setrecursionlimit(10_000)",
+        (
+            "atexit.register(os._exit, 7)\n"
+            "sys.settrace(lambda *a: None); sys.setprofile(lambda *a: None); sys.setrecursionlimit(10_000)"
+        ),
         "assert sys.stdin.read() == ''; assert sys.argv == [__file__], sys.argv",
     ],
 )

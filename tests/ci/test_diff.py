@@ -16,7 +16,7 @@ from render.hostile import hostile
 from render.sample import report
 from support import ROOT
 
-pytestmark = pytest.mark.xdist_group("diff")
+pytestmark = [pytest.mark.xdist_group("diff"), pytest.mark.usefixtures("unboxed")]
 
 LAYERS = 4
 MODEL = (ROOT / "examples" / "mymodel.py").read_text().replace("n_layers: int = 24", f"n_layers: int = {LAYERS}")
@@ -30,7 +30,7 @@ FASTER = MODEL.replace(f"n_layers: int = {LAYERS}", "n_layers: int = 3").replace
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def reports(tmp_path_factory, unboxed):
     folder = tmp_path_factory.mktemp("models")
     found = {}
     for name, source in (("base", MODEL), ("slower", SLOWER), ("faster", FASTER)):

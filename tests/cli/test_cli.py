@@ -16,7 +16,7 @@ from fxroof.analyzer.cli import main
 from fxroof.analyzer.report import from_json, fxroof_version, to_json
 from render.sample import partial, report
 
-pytestmark = pytest.mark.xdist_group("cli")
+pytestmark = [pytest.mark.xdist_group("cli"), pytest.mark.usefixtures("unboxed")]
 
 MODEL = """
 import torch
@@ -49,7 +49,7 @@ def process(*args, stdin=None, **env):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, unboxed):
     path = tmp_path_factory.mktemp("models")
     (path / "tiny.py").write_text(MODEL)
     return path

@@ -26,6 +26,8 @@ from fxroof.hardware.catalog import load as load_gpu
 from support import CONFIGS, INPUTS, MODELS, TARGETS, cut
 from torch import nn
 
+pytestmark = [pytest.mark.xdist_group("shares"), pytest.mark.usefixtures("unboxed")]  # traces serve several tests
+
 H200 = load_gpu("h200").gpu
 LENGTHS: dict[str, Any] = {"batch_size": 2, "input_len": 96, "output_len": 32}
 LINEARS = ("aten.linear.default", "fxroof.linear_scaled.default", "fxroof.linear_packed.default")

@@ -7,7 +7,7 @@ import transformers
 from survey.causal_lms import DATA, PAGE, survey
 
 RECORDED = {row["type"]: row for row in json.loads(DATA.read_text())}
-SAMPLE = sorted(RECORDED)[::16]
+SAMPLE = sorted(RECORDED)[::24]
 
 
 @pytest.mark.parametrize("kind", SAMPLE)
