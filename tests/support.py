@@ -78,9 +78,10 @@ class Traced:
 
 
 LAYERS = 4
-"""Layers that published configs are cut to in most tests: every layer is the same program."""
+"""Layers that deep models are cut to in most tests: every layer is the same program."""
 
 _LAYERS_OF_EACH_KIND = {"gemma-3-27b": 6, "jamba-1.5-mini": 5}
+_FEWER_LAYERS = {"mymodel": f"GPT(GPTConfig(n_layers={LAYERS}))"}
 _LAYER_COUNTS = (
     "n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "depth",
 )  # fmt: skip
@@ -88,11 +89,11 @@ _LAYER_COUNTS = (
 
 @functools.cache
 def traced(name: str, scenario: Scenario = SHORT, *, whole: bool = False) -> Traced:
-    """A model with its graphs; transformers configs cut to a few layers unless the `whole` is asked for."""
+    """A model with its graphs; deep ones are cut to a few layers unless the `whole` is asked for."""
     target = TARGETS[name]
     if Path(target).is_dir() and not whole:
         target = cut(target, _LAYERS_OF_EACH_KIND.get(name, LAYERS))
-    model = load(target)
+    model = load(target, init="" if whole else _FEWER_LAYERS.get(name, ""))
     workload = plan(model, scenario, inputs=INPUTS.get(name, ()))
     return Traced(model, workload, {p.phase.name: trace_program(p) for p in workload.programs})
 

@@ -296,7 +296,7 @@ def test_what_is_no_norm_is_left_alone(other):
     assert not list(RULE.check(situation(forward_of(other))))
 
 
-@pytest.mark.parametrize(("model", "norms"), [("mymodel", 49), ("llama-3-8b", 9)])
+@pytest.mark.parametrize(("model", "norms"), [("mymodel", 9), ("llama-3-8b", 9)])
 def test_real_models(model, norms):
     graph = traced(model).graphs["decode"]
     found = list(RULE.check(situation(graph)))
