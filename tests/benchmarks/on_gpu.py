@@ -1,6 +1,7 @@
 """Run where CUDA is: bandwidth, products, whole steps of three transformers models, each beside floor, bound, estimate.
 
     python tests/benchmarks/on_gpu.py -o results.json              needs CUDA, and 80 GB for the largest model
+    python tests/benchmarks/on_gpu.py --only products steps -o some.json
     python tests/benchmarks/on_gpu.py --dry -o results.json        tiny sizes on the CPU: does the program work?
 
 Without CUDA it runs dry by itself, and says so. Results are data: part, driver, torch, date, and a row for everything
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -138,22 +140,23 @@ def main() -> None:
         own = here / "this_machine.toml"
         own.write_text(to_toml(found), encoding="utf-8")
         part = options.gpu or _part(found.machine, own)
-        rows = [
-            *_bandwidths(found.usual_bandwidth, found.bandwidth, part),
-            *_products(here, part, dry),
-            *_steps(here, part, dry),
-            *_counters(here, part, dry),
-        ]
-        results = Results(
-            machine=machine_of(device), part=part, dry=dry, rows=tuple(rows), calibrated=own.read_text(encoding="utf-8")
-        )
-    for row in rows:
-        _say(_shown(row))
+        groups = {
+            "bandwidth": lambda: _bandwidths(found.usual_bandwidth, found.bandwidth, part),
+            "products": lambda: _products(here, part, dry),
+            "steps": lambda: _steps(here, part, dry),
+            "counters": lambda: _counters(here, part, dry),
+        }
+        rows: list[Row] = []
+        for row in chain.from_iterable(groups[name]() for name in options.only or groups):
+            _say(_shown(row))
+            rows.append(row)
+            results = Results(
+                machine=machine_of(device), part=part, dry=dry, rows=tuple(rows), calibrated=to_toml(found)
+            )
+            if options.output:  # after each row: whoever lends a GPU may take it back
+                options.output.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
     below = [row for row in rows if row.measured and row.bound and row.measured < 0.97 * row.bound]
     _say(f"{len(rows)} rows, {len(below)} below their bound{', which is a fault' if below else ''}")
-    if options.output:
-        text = msgspec.json.format(msgspec.json.encode(results), indent=1)
-        options.output.write_bytes(text + b"\n")
 
 
 def _say(text: str) -> None:
@@ -166,6 +169,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, help="file for the results, JSON")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--gpu", default="", help="catalogue key or TOML, if the device's name is not in the catalogue")
+    parser.add_argument("--only", nargs="+", choices=["bandwidth", "products", "steps", "counters"], help="not all")
     parser.add_argument("--kernel", default="", choices=["", *NAMES], help="run this kernel alone, for a profiler")
     return parser.parse_args()
 
