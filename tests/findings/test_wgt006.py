@@ -248,5 +248,5 @@ def test_it_goes_together_with_narrower_weights_in_either_order():
     one, other = map(figures, found)
     assert one == {name: pytest.approx(value) for name, value in other.items()}
     products = [sum(op.target == "fxroof.linear_packed.default" for op in g.ops) for g in found]
-    assert products == [24 * 4 + 1] * 2  # attention in, attention out, gate and up, down; the head
+    assert products == [4 * 4 + 1] * 2  # attention in, attention out, gate and up, down; the head
     assert not any(op.target == "aten.linear.default" for g in found for op in g.ops)
