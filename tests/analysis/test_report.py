@@ -7,9 +7,11 @@ from fxroof.analyzer.report import SCHEMA_VERSION, Report, from_json, to_json
 from fxroof.analyzer.review import Selection
 from support import SHORT, TARGETS
 
+pytestmark = [pytest.mark.xdist_group("moe"), pytest.mark.usefixtures("unboxed")]
+
 
 @pytest.fixture(scope="module")
-def report() -> Report:
+def report(unboxed: None) -> Report:
     return analyze(TARGETS["moe"], gpus=["h100", "m2_ultra"], scenario=SHORT)
 
 

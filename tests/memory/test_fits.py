@@ -16,6 +16,8 @@ from fxroof.hardware.catalog import load as load_gpu
 from support import CONFIGS, NO_RULES, SHORT, TARGETS, traced
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("unboxed")
+
 H100 = load_gpu("h100_sxm").gpu
 KV = CacheGrowth(parts=(CachePart(count=64, fixed_bytes=0, bytes_per_token=2048.0),), measured_to=10000)
 
@@ -35,8 +37,8 @@ def whole(config: str) -> tuple[int, CacheGrowth]:
 
 def test_18_a_model_of_80_gb_on_a_card_of_80_gb() -> None:
     with torch.device("meta"):
-        layers = [nn.Linear(8192, 8192, bias=False) for _ in range(round(80e9 / 2 / 8192**2))]
-        model = nn.Sequential(nn.Embedding(1000, 8192), *layers, nn.Linear(8192, 1000)).half()
+        layers = [nn.Linear(32768, 32768, bias=False) for _ in range(round(80e9 / 2 / 32768**2))]
+        model = nn.Sequential(nn.Embedding(1000, 32768), *layers, nn.Linear(32768, 1000)).half()
     found = analyze(model, (torch.zeros(1, 8, dtype=torch.long),), gpu="h100").runs[0].memory
     assert found is not None
     assert found.weights_bytes == pytest.approx(80e9, rel=0.01)
