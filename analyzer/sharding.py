@@ -309,9 +309,12 @@ class _Work:
             return
         option, asked = ("--ep", self.ep) if what == "experts" else ("--tp", self.tp)
         fit = [str(n) for n in range(2, asked) if all(c % n == 0 for _, _, c in self.limits)]
+        hint = f"{option} {' or '.join(fit[-4:])} would do." if fit else "No fewer GPUs can share it either."
+        counts = [weight.shape[0] for weight in self.root.get_submodule(name).parameters()]  # each has a row an expert
+        if _leaf(name) == "experts" and self.ep == 1 and all(each % asked == 0 for each in counts):
+            hint = f"{option} {asked} --ep {asked} deals out its experts whole. {hint}"
         raise WorkloadError(
-            f"{option} {asked}: {_pattern(name)} has {count} {what}, which {asked} GPUs cannot share evenly.",
-            f"{option} {' or '.join(fit[-4:])} would do." if fit else "No smaller number of GPUs can share it either.",
+            f"{option} {asked}: {_pattern(name)} has {count} {what}, which {asked} GPUs cannot share evenly.", hint
         )
 
     def _replace(

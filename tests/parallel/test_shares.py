@@ -260,6 +260,9 @@ def test_the_command_line_says_what_does_not_go() -> None:
     done = CliRunner().invoke(main, ["analyze", target, "--gpu", "h100", "--tp", "3"])
     assert done.exit_code == 2
     assert "32 heads, which 3 GPUs cannot share evenly" in " ".join(done.stderr.split())
+    done = CliRunner().invoke(main, ["analyze", cut(str(CONFIGS / "gpt-oss-20b"), 1), "--gpu", "h100", "--tp", "8"])
+    assert done.exit_code == 2
+    assert "--tp 8 --ep 8 deals out its experts whole" in " ".join(done.stderr.split())
     done = CliRunner().invoke(main, ["analyze", f"{MODELS / 'resnet.py'}:resnet18", "--gpu", "h100", "--ep", "2"])
     assert done.exit_code == 2
     assert "brings no plan to deal out its experts" in " ".join(done.stderr.split())
