@@ -4,6 +4,7 @@ Peaks are the best that was seen: a bound from them says that nothing measured h
 estimates are medians. A GPU is timed by its events, a CPU by the host's clock.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -56,6 +57,11 @@ class Curve:
     best: dict[int, float]
     usual: dict[int, float]
 
+    def without(self, gap: float, size: int) -> float:
+        """The usual rate of a working set if each turn were so many seconds shorter, but not above the best of all."""
+        moved = _KINDS[self.kind] * size
+        return moved / max(moved / self.usual[size] - gap, moved / max(self.best.values()))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
@@ -65,13 +71,15 @@ class Calibration:
         machine: where and when.
         vendor: nvidia, amd or cpu.
         compute_capability: CUDA's; empty without.
+        clock: the highest of a GPU, in Hz, as the driver says it; None on a CPU, or where it does not.
         units: multiprocessors of a GPU; None on a CPU, whose products are not cut into waves.
         memory_bytes: of the device.
         curves: bandwidths.
         cache_bytes: largest working set that is served faster than memory serves; None where none was.
         cache_stated: True where the driver says it.
         matmul: FLOP/s of products by type, the best and what is usual for large ones.
-        special: exponentials and the like a second, the best and the median over functions.
+        special: exponentials and the like a second, the best and the median over functions; None on a GPU, where all
+            kernels of PyTorch that compute them wait for memory.
         launch: seconds of the host for an op of a module.
         launch_again: the same of a bare call.
         latency: seconds of a kernel that does nothing: on a CPU all of an op's overhead.
@@ -84,12 +92,13 @@ class Calibration:
     vendor: str
     compute_capability: str
     units: int | None
+    clock: float | None
     memory_bytes: int
     curves: tuple[Curve, ...]
     cache_bytes: int | None
     cache_stated: bool
     matmul: Mapping[str, tuple[float, float]] = field(hash=False)
-    special: tuple[float, float]
+    special: tuple[float, float] | None
     launch: float
     launch_again: float
     latency: float
@@ -112,10 +121,12 @@ class Calibration:
         """Byte/s of what is served without memory: the best of all, and the middle around half of the cache."""
         if self.cache_bytes is None:
             return None
+        # kernels of a GPU follow each other with a gap, which estimates count beside this
+        gap = 0.0 if self.vendor == "cpu" else self.latency
         inside = [
-            rate
+            curve.without(gap, size)
             for curve in self.curves
-            for size, rate in curve.usual.items()
+            for size in curve.usual
             if self.cache_bytes / 8 <= size <= self.cache_bytes / 2
         ]
         if not inside:
@@ -138,12 +149,24 @@ def calibrate(device: torch.device, depth: Depth = FULL, say: Say = lambda _: No
         MeasureError: it has too little free memory for that.
     """
     free = free_bytes(device)
-    if free is not None and free < 1 << 28:
-        raise MeasureError(
-            f"{device} has {free / 1e6:.0f} MB of free memory; calibrating needs some 256 MB.", "Free some first."
-        )
-    began = time.perf_counter()
     bench = _Bench(device, depth)
+    needed = max(1 << 28, 16 * (bench.stated_cache or 0))  # a quarter is moved, which no cache may hold a quarter of
+    if free is not None and free < needed:
+        raise MeasureError(
+            f"{device} has {free / 1e6:.0f} MB of free memory; calibrating needs some {needed / 1e6:.0f} MB.",
+            "Free some first.",
+        )
+    try:
+        # events, streams and graphs are those of the current device
+        with torch.cuda.device(device) if bench.on_gpu else contextlib.nullcontext():
+            return _found(bench, free, say)
+    except torch.OutOfMemoryError as error:
+        raise MeasureError(f"{device} ran out of memory: somebody else takes it.", "Free some first.") from error
+
+
+def _found(bench: "_Bench", free: int | None, say: Say) -> Calibration:
+    device = bench.device
+    began = time.perf_counter()
     with torch.inference_mode():
         say("launches")
         latency, launch, launch_again, read_back = bench.overheads()
@@ -164,6 +187,7 @@ def calibrate(device: torch.device, depth: Depth = FULL, say: Say = lambda _: No
         vendor=("amd" if torch.version.hip else "nvidia") if on_gpu else "cpu",
         compute_capability=capability,
         units=int(properties.multi_processor_count) if on_gpu else None,
+        clock=1e3 * getattr(properties, "clock_rate", 0) or None,  # kHz, and the highest; not in every torch
         memory_bytes=int(properties.total_memory) if on_gpu else _host_memory(free),
         curves=curves,
         cache_bytes=cache,
@@ -188,9 +212,10 @@ def to_toml(found: Calibration) -> str:
         f", {found.machine.threads} thread{'s' if found.machine.threads > 1 else ''}" if found.machine.threads else ""
     )
     driver = f", driver {found.machine.driver}" if found.machine.driver else ""
-    asked = ("memory_usable_bytes", "compute_capability", "sm_count", *(["l2_cache_mb"] if found.cache_stated else []))
-    stated = [key for key in asked if key in figures]
-    measured = [key for key in figures if key not in stated]
+    asked = ("memory_usable_bytes", "compute_capability", "sm_count", "max_sm_clock_mhz")
+    stated = [key for key in (*asked, *(["l2_cache_mb"] if found.cache_stated else [])) if key in figures]
+    published = [key for key in figures if key == _SFU]
+    measured = [key for key in figures if key not in (*stated, *published)]
     lines = [
         "# What this machine was found to do. Peaks are the best that was seen, shares and times are medians.",
         "# Measure again after a change of torch, driver, clocks or threads, and while nothing else runs.",
@@ -220,6 +245,14 @@ def to_toml(found: Calibration) -> str:
             f"title = {_text(f'asked of the device: {where}{driver}')}",
             f"keys = [{', '.join(map(_text, stated))}]",
         ]
+    if published:
+        lines += [
+            "",
+            "[sources.cuda_pg]",
+            'kind = "vendor"',
+            'title = "CUDA C++ Programming Guide: 16 special-function units in each multiprocessor"',
+            f"keys = [{', '.join(map(_text, published))}]",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -232,7 +265,10 @@ _SHORT = {
     "float8": "fp8",
     "int8": "int8",
 }
-_GIGA, _TERA, _MICRO = 1e9, 1e12, 1e-6
+_MEGA, _GIGA, _TERA, _MICRO = 1e6, 1e9, 1e12, 1e-6
+_SFU = "sfu_exp_per_clk_per_sm"
+_WITH_16_SFUS = ("7.", "8.", "9.", "10.0")
+"""Beginnings of the compute capabilities of which CUDA's guide says that."""
 
 
 def _figures(found: Calibration) -> Iterator[tuple[str, float | int | str]]:
@@ -241,6 +277,10 @@ def _figures(found: Calibration) -> Iterator[tuple[str, float | int | str]]:
         yield "compute_capability", found.compute_capability
     if found.units:
         yield "sm_count", found.units
+    if found.clock:
+        yield "max_sm_clock_mhz", found.clock / _MEGA
+    if found.clock and found.units and found.compute_capability.startswith(_WITH_16_SFUS):
+        yield _SFU, 16
     yield "memory_usable_bytes", found.memory_bytes
     yield "memory_bandwidth_gb_per_s", bandwidth / _GIGA
     yield "achieved_memory_read_fraction", min(1.0, found.usual_bandwidth("read") / bandwidth)
@@ -259,8 +299,9 @@ def _figures(found: Calibration) -> Iterator[tuple[str, float | int | str]]:
     for dtype in ("float32", "float64"):
         if dtype in found.matmul:  # the units that multiply matrices of these types are the vector units
             yield f"vector_{_SHORT[dtype]}_tflops", found.matmul[dtype][0] / _TERA
-    yield "peak_special_gop_per_s", found.special[0] / _GIGA
-    yield "achieved_special_gop_per_s", found.special[1] / _GIGA
+    if found.special is not None:
+        yield "peak_special_gop_per_s", found.special[0] / _GIGA
+        yield "achieved_special_gop_per_s", found.special[1] / _GIGA
     yield "kernel_in_graph_us", found.latency / _MICRO
     if found.memory_latency is not None:
         yield "memory_latency_us", found.memory_latency / _MICRO
@@ -443,17 +484,20 @@ class _Bench:
         if dtype == "float8":
             a, b = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn)
             one = torch.ones((), device=self.device)
-            return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+            scaled = functools.partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+            return lambda: scaled(a, b.t(), use_fast_accum=True)  # the peak is without detours over float32
         if dtype == "int8":
-            a, b = left.to(torch.int8), right.to(torch.int8)
+            a, b = ((256 * each).to(torch.int8) for each in (left, right))  # zeros would be multiplied at higher clocks
             return lambda: torch._int_mm(a, b.t())
         kind = getattr(torch, "float32" if dtype == "tfloat32" else dtype)
         a, b = left.to(kind), right.to(kind)
         return lambda: torch.nn.functional.linear(a, b)
 
-    def special(self) -> tuple[float, float]:
-        """Results a second of functions that are no sums and products, on data that a cache holds."""
-        count = 1 << (24 if self.on_gpu else 16)
+    def special(self) -> tuple[float, float] | None:
+        """Results a second of functions that are no sums and products, on data that a cache holds; not of a GPU."""
+        if self.on_gpu:  # an H200 has 4e12 a second, and to move the 8 bytes of each through L2 takes six times as long
+            return None
+        count = 1 << 16
         some = torch.rand(count, device=self.device) + 0.5
         out = torch.empty_like(some)
         rates = []
@@ -478,7 +522,7 @@ class _Bench:
         latency = median(self._graphed(lambda: tiny.add_(1.0), most=self.depth.seconds))
         bare = self._host_seconds(lambda: tiny.add_(1.0), 1)
         module = self._host_seconds(lambda: block(tiny), 8)
-        read = median(self.seconds(lambda: tiny.add_(1.0)[0, 0].item()))
+        read = median(self.seconds(lambda: one.add_(1.0).item()))
         return latency, module, bare, max(read - bare, latency)
 
     def _host_seconds(self, run: Callable[[], Any], ops: int) -> float:

@@ -8,10 +8,12 @@ reported.
 import contextlib
 import datetime
 import functools
+import gc
 import platform
 import resource
 import subprocess
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +41,7 @@ from .memory import moments
 from .meta import keeping
 from .pricing import price
 from .request import Request
+from .residence import defaults_to_host
 from .trace import export, from_exported
 from .workload import Program
 
@@ -105,7 +108,7 @@ def device_of(name: str) -> torch.device:
     """
     there = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if there else torch.device("cpu")
+        name = "cuda" if there else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -120,8 +123,16 @@ def device_of(name: str) -> torch.device:
             f"{name}: {built} (torch {torch.__version__}).",
             "--device cpu measures on the CPU; `python -c 'import torch; torch.cuda.init()'` says why there is none.",
         )
-    index = device.index if ":" in name else torch.cuda.current_device()
-    if index >= torch.cuda.device_count():
+    try:
+        index = device.index if ":" in name else torch.cuda.current_device()
+        known = index < torch.cuda.device_count()
+        if known:
+            torch.cuda.mem_get_info(index)  # whether it lets this process in is not known before something is asked
+    except (RuntimeError, AssertionError) as error:
+        raise MeasureError(
+            f"{name}: CUDA does not start: {_first_line(error)}", "--device cpu measures on the CPU."
+        ) from error
+    if not known:
         raise MeasureError(f"{name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0 on.")
     return torch.device("cuda", index)
 
@@ -184,36 +195,48 @@ class Bench:
         graph = from_exported(exported, program.args, phase=program.phase, cache=program.cache, prefix=program.prefix)
         yield PhaseTraced(graph)
         yield Progress(f"running {program.phase.name} on {self.device}")
+        if self.device.type == "cuda":
+            gc.collect()  # which is off while phases are made: cycles of the last one hold memory of the device
         needed = self._needed(graph)
         self._check_memory(program.phase.name, needed)
-        with torch.inference_mode(), self.memory.inside(model.module):
-            try:
-                yield PhaseClocked(self._clocked(model, program, graph, needed))
-            except torch.OutOfMemoryError as error:
-                raise MeasureError(
-                    f"{program.phase.name}: {self.device} ran out of memory: {_first_line(error)}", _SMALLER
-                ) from error
-            except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, IndexError) as error:
-                raise MeasureError(
-                    f"{program.phase.name} does not run on {self.device}: {type(error).__name__}: {_first_line(error)}",
-                    "A device written into the model's code must be the one that is measured on (--device).",
-                ) from error
+        try:
+            with torch.inference_mode(), self.memory.inside(model.module), self._default_device():
+                clocked = self._clocked(model, program, graph, needed)
+        except torch.OutOfMemoryError as error:
+            _let_go(error)
+            raise MeasureError(
+                f"{program.phase.name}: {self.device} ran out of memory: {_first_line(error)}", _SMALLER
+            ) from error
+        except (RuntimeError, NotImplementedError, AssertionError, TypeError, ValueError, IndexError) as error:
+            _let_go(error)
+            raise MeasureError(
+                f"{program.phase.name} does not run on {self.device}: {type(error).__name__}: {_first_line(error)}",
+                "A device written into the model's code must be the one that is measured on (--device).",
+            ) from error
+        yield PhaseClocked(clocked)
+
+    def _default_device(self) -> contextlib.AbstractContextManager[object]:
+        """What the program has made of the default device, which was only noted: nothing is on a GPU otherwise."""
+        return self.device if self.device.type == "cuda" and not defaults_to_host() else contextlib.nullcontext()
 
     def _clocked(self, model: Model, program: Program, graph: Graph, needed: int) -> Clocked:
         args = self.memory.inputs(program.args, vocabulary_of(model.module))
+        counters = [(counter, counter.clone()) for counter in _counters([*args, *model.module.buffers()])]
+        ready = self._ready(program, args)
 
         def prepare(wrap: _Wrap | None = None) -> _Run:
-            if isinstance(program.module, ExportedProgram):
-                return _Steps(program.module, args, self.memory).run
-            return _prepared(program.module, args, self.memory, wrap)
+            for counter, beginning in counters:
+                if not torch.equal(counter, beginning):
+                    counter.copy_(beginning)
+            return ready(wrap)
 
-        _through(prepare())  # what is set up when it is first used is no part of a step
+        self._through(prepare())  # what is set up when it is first used is no part of a step
         peak = self.clock.peak_bytes(prepare())
         runs = self._timed(prepare)
         mode, failure = "", ""
         compiled: Sequence[float] = ()
         if self.order.compile:
-            mode, compiled, failure = self._compiled(program, prepare)
+            mode, compiled, failure = self._compiled(program, args, prepare)
         calls: tuple[ClockedCall, ...] = ()
         strays: tuple[Stray, ...] = ()
         passes, problem = 0, ""
@@ -222,6 +245,9 @@ class Bench:
                 calls, strays, passes = self._by_op(prepare, graph)
             except _NotAlignedError as error:
                 problem = str(error)
+            except RuntimeError as error:  # of the profiler, or for want of memory: the whole phase stands
+                problem = f"{type(error).__name__}: {_first_line(error)}"
+                _let_go(error)
         return Clocked(
             phase=program.phase.name,
             machine=machine_of(self.device),
@@ -237,6 +263,12 @@ class Bench:
             peak_bytes=peak,
             needed_bytes=needed,
         )
+
+    def _ready(self, program: Program, args: Sequence[Any]) -> "_Prepare":
+        if isinstance(program.module, ExportedProgram):
+            steps = _Steps(program.module, args, self.memory)
+            return lambda _: steps.run
+        return functools.partial(_prepared, program.module, args, self.memory)
 
     def _needed(self, graph: Graph) -> int:
         """Bytes that tensors take at most while the phase runs."""
@@ -265,27 +297,49 @@ class Bench:
                 break
         return taken
 
-    def _compiled(self, program: Program, prepare: "_Prepare") -> tuple[str, list[float], str]:
+    def _through(self, run: "_Run") -> None:
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _compiled(self, program: Program, args: Sequence[Any], prepare: "_Prepare") -> tuple[str, list[float], str]:
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         if isinstance(program.module, ExportedProgram):
             return mode, [], "an exported program is run as it is"
         wrap = functools.cache(functools.partial(torch.compile, mode=mode, dynamic=False))
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            for tensor in args:
+                if isinstance(tensor, torch.Tensor):  # or CUDA graphs copy the whole cache in each step
+                    torch._dynamo.mark_static_address(tensor)
+        skipped = _graphs_skipped()
         try:
             for _ in range(_WARM_UPS):  # compiles, then records the CUDA graph, then replays it
-                _through(prepare(wrap))
-            return mode, self._timed(lambda: prepare(wrap), mark=self.device.type == "cuda"), ""
+                run = prepare(wrap)
+                if on_gpu:  # or a graph would be recorded as what follows the last one, if that has left anything
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch leaves it so
+                self._through(run)
+            times = self._timed(lambda: prepare(wrap), mark=on_gpu)
+            if on_gpu and _graphs_skipped() > skipped:
+                mode += ", not all in CUDA graphs"
+            return mode, times, ""
         except Exception as error:  # whatever a compiler raises: the eager figures stand
-            return mode, [], f"{type(error).__name__}: {_first_line(error)}"
+            failure = f"{type(error).__name__}: {_first_line(error)}"
+            _let_go(error)
+            return mode, [], failure
         finally:
             torch._dynamo.reset()
+            if on_gpu:
+                gc.collect()  # the memory of CUDA graphs is given back with the last object of theirs
 
     def _by_op(
         self, prepare: "Callable[[], _Run]", graph: Graph
     ) -> tuple[tuple[ClockedCall, ...], tuple[Stray, ...], int]:
         expected, members = _expected(graph)
         record = _Parts()
+        run = prepare()
         with record:
-            _through(prepare())
+            self._through(run)
         found = aligned(expected, record.signatures)
         began = time.perf_counter()
         passes: list[list[float]] = []
@@ -337,11 +391,31 @@ def _prepared(module: nn.Module, args: Sequence[Any], memory: RealMemory, wrap: 
     return functools.partial(through(module), *args)
 
 
-def _through(run: _Run) -> Any:
-    result = run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result
+def _counters(tensors: Iterable[Any]) -> list[torch.Tensor]:
+    """Those that may count steps: each run begins where the first one did, not behind the end of its cache."""
+    return [
+        tensor
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor)
+        and tensor.numel() <= _MOST_COUNTERS
+        and not (tensor.is_floating_point() or tensor.is_complex())
+    ]
+
+
+_MOST_COUNTERS = 4096
+
+
+def _graphs_skipped() -> int:
+    """Graphs so far that torch.compile did not make CUDA graphs of: it says so in its logs alone."""
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+
+
+def _let_go(error: BaseException) -> None:
+    """Drop what the frames of an error hold: all the tensors of a run, as long as somebody keeps the error."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
@@ -432,18 +506,19 @@ class _Steps:
 
     def __init__(self, exported: ExportedProgram, args: Sequence[Any], memory: RealMemory) -> None:
         self._exported = exported
-        self._args = args
         self._memory = memory
+        self._given = self._all_given(args)
+        self._constants: dict[fx.Node, Any] = {}
 
     def run(self) -> Any:
         """The program's results."""
-        return self._run(self._exported.graph_module, self._given())
+        return self._run(self._exported.graph_module, dict(self._given))
 
-    def _given(self) -> dict[fx.Node, Any]:
+    def _all_given(self, args: Sequence[Any]) -> dict[fx.Node, Any]:
         program = self._exported
         kinds = torch.export.graph_signature.InputKind
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-        given = iter(self._args)
+        given = iter(args)
         env: dict[fx.Node, Any] = {}
         for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
             if spec.kind == kinds.USER_INPUT:
@@ -462,8 +537,10 @@ class _Steps:
             if node.op == "output":
                 return fx.node.map_arg(node.args[0], lambda n: env[n])
             if node.op == "get_attr":
-                value: Any = functools.reduce(getattr, node.target.split("."), graph_module)
-                env[node] = self._memory.tensor(value) if isinstance(value, torch.Tensor) else value
+                if node not in self._constants:  # to bring them to the device is no part of a step
+                    value: Any = functools.reduce(getattr, node.target.split("."), graph_module)
+                    self._constants[node] = self._memory.tensor(value) if isinstance(value, torch.Tensor) else value
+                env[node] = self._constants[node]
             elif node.op == "call_function":
                 args = fx.node.map_arg(node.args, lambda n: env[n])
                 kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
@@ -657,7 +734,8 @@ def _by_mark(events: Iterable[Any], count: int) -> tuple[list[float], list[int]]
 
 
 def _launched(event: Any) -> Iterator[Any]:
-    yield from (kernel for kernel in event.kernels if not kernel.name.startswith(_MARK))
+    # the device has a copy of each range, by its name; and so has what torch counts where it has no CUPTI
+    yield from (kernel for kernel in event.kernels if kernel.name != event.name)
     for child in event.cpu_children:
         yield from _launched(child)
 
@@ -726,6 +804,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
+@functools.cache
 def _driver() -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         told = subprocess.run(

@@ -98,7 +98,7 @@ class Clocked:
         machine: where.
         runs: seconds of each run, eagerly, one after the other as steps are.
         compiled_runs: the same of what torch.compile makes of it; empty where that was not asked for, or failed.
-        compiled_mode: mode of torch.compile; empty as above.
+        compiled_mode: mode of torch.compile, and whether it made no CUDA graphs of some; empty as above.
         compiled_failure: why it failed; empty where it did not.
         calls: what the graph's ops took, in order; empty where that was not asked for, or failed.
         strays: what ran beside them.

@@ -62,6 +62,7 @@ class RealMemory:
                         child._buffers[name] = self.tensor(buffer, f"{path}.{name}")
             for child, name, value in plain:
                 setattr(child, name, self.tensor(value, name))
+            self._blocks.clear()
             yield
         finally:
             for child, parameters, buffers in held:
@@ -96,9 +97,11 @@ class RealMemory:
             args: of a program.
             vocabulary: tokens that the model knows; None where it knows none.
         """
-        return tuple(
+        made = tuple(
             self._input(arg, vocabulary) if isinstance(arg, torch.Tensor) else arg for arg in pytree.tree_leaves(args)
         )
+        self._blocks.clear()  # no part of the model: they would be counted with what it holds
+        return made
 
     def state(self, template: Any, tensors: Sequence[torch.Tensor]) -> Any:
         """A copy of a nested object with its tensors replaced, in the order of `tensors_in`, and its devices ours."""
@@ -128,7 +131,7 @@ class RealMemory:
     def _randomize(self, made: torch.Tensor, scale: float) -> None:
         # a block of random numbers again and again: to draw them all takes longer than most measurements
         if (made.dtype, scale) not in self._blocks:
-            drawn = torch.randn(_BLOCK, generator=self._random) * scale
+            drawn = torch.randn(_BLOCK, generator=self._random, device="cpu") * scale
             self._blocks[made.dtype, scale] = drawn.to(made.dtype).to(self.device)
         block = self._blocks[made.dtype, scale]
         whole = made.numel() // _BLOCK * _BLOCK
@@ -145,6 +148,8 @@ class RealMemory:
         made = torch.empty_strided(arg.size(), arg.stride(), dtype=arg.dtype, device=self.device).zero_()
         if arg.dtype == torch.bool:
             made.fill_(True)
+        elif arg.is_floating_point() and made.is_contiguous():
+            self._randomize(made.view(-1), 1.0)
         elif arg.is_floating_point():
             flat = torch.empty(arg.numel(), dtype=arg.dtype, device=self.device)
             self._randomize(flat, 1.0)

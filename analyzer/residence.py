@@ -146,7 +146,7 @@ class Residence:
             self.put(made, host=True)
         elif like is not None:
             self.put(made, host=self.is_on_host(like))
-        elif _defaults_to_host():
+        elif defaults_to_host():
             self.put(made, host=True, said=False)
 
     def follow(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -227,7 +227,8 @@ def default_to(device: Any) -> None:
 _default: Any = None
 
 
-def _defaults_to_host() -> bool:
+def defaults_to_host() -> bool:
+    """Whether what is made without naming a device is on the host."""
     return _default is None and torch.get_default_device().type == "cpu"
 
 

@@ -333,9 +333,16 @@ def _bytes_seen(name: str) -> tuple[float | None, str]:
     if profiler is None:
         return None, "Nsight Compute (ncu) is not installed"
     command = [profiler, "--csv", "--profile-from-start", "off", "--metrics", ",".join(METRICS)]
-    told = subprocess.run(
-        [*command, sys.executable, __file__, "--kernel", name], capture_output=True, text=True, check=False, timeout=600
-    )
+    try:
+        told = subprocess.run(
+            [*command, sys.executable, __file__, "--kernel", name],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+    except subprocess.TimeoutExpired:
+        return None, "ncu was not done after ten minutes"
     seen = summed(told.stdout)
     if seen is None:
         lines = [line for line in (told.stdout + told.stderr).splitlines() if "ERR" in line or "rror" in line]

@@ -41,6 +41,30 @@ class Moody(Mlp):
         return super().forward(x) + self.times if self.times % 2 else super().forward(x)
 
 
+class Counting(Mlp):
+    """Counts its steps, and has no place for a fourth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("table", torch.arange(192.0).view(3, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x) + self.table[self.step]
+        self.step.add_(1)
+        return y
+
+
+class Failing(Mlp):
+    """Makes a tensor of a size that nothing else has, and fails, but only when it has memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(x) is torch.Tensor and not x.is_meta:
+            made = torch.zeros(12345)
+            raise RuntimeError(f"made {made.numel()} numbers")
+        return super().forward(x)
+
+
 class Leaving(Mlp):
     """Ends the program, but only when it has memory."""
 

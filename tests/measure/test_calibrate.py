@@ -31,6 +31,7 @@ def known() -> Calibration:
         vendor="cpu",
         compute_capability="",
         units=None,
+        clock=None,
         memory_bytes=32 << 30,
         curves=(curve("read", rates), curve("copy", {size: 0.8 * rate for size, rate in rates.items()})),
         cache_bytes=16 * MI,
@@ -44,6 +45,22 @@ def known() -> Calibration:
         read_back=3e-6,
         seconds=12.0,
     )
+
+
+def known_gpu(**other: object) -> Calibration:
+    """One with 132 multiprocessors at 1.98 GHz, whose L2 gives 5 TB/s and its memory 1 TB/s, a microsecond late."""
+    sizes = [MI, 4 * MI, 16 * MI, 64 * MI, 256 * MI, 1024 * MI]
+    rates = {size: 5e12 if size < 60 * MI else 1e12 for size in sizes}
+    late = {size: size / (size / rate + 1e-6) for size, rate in rates.items()}
+    machine = Machine(
+        device="cuda:0", name="NVIDIA H999", driver="600.1", torch_version="2.13", threads=0, date="2026-11-21"
+    )
+    given: dict[str, object] = {
+        "machine": machine, "vendor": "nvidia", "compute_capability": "9.0", "units": 132, "clock": 1.98e9,
+        "curves": tuple(Curve(kind=kind, best=rates, usual=late) for kind in ("read", "copy")),
+        "cache_bytes": 60 * MI, "cache_stated": True, "special": None, "latency": 1e-6, "memory_latency": None,
+    }  # fmt: skip
+    return dataclasses.replace(known(), **given | other)  # type: ignore[arg-type]  # fields of it
 
 
 def graph_of_a_product(rows: int) -> object:
@@ -91,6 +108,43 @@ def test_catalogue_parts_keep_their_assumptions() -> None:
     assert reached.special is None
     assert (reached.launch.value, reached.read_back.value) == (8e-6, 10e-6)
     assert "pytorch#41383" in reached.launch.source
+
+
+def test_a_gpu_that_says_its_clock_is_taken_for_one_whose_kernels_were_measured() -> None:
+    gpu = part_of(to_toml(known_gpu())).gpu
+    assert (gpu.sm_count, gpu.clock_hz) == (132, pytest.approx(1.98e9))
+    figures = {figure.key: figure.source_title for figure in gpu.figures}
+    assert figures["max_sm_clock_mhz"].startswith("asked of the device: NVIDIA H999")
+    reached = derating(gpu)
+    assert reached.products.latency.fitted_on
+    assert "same architecture" in reached.products.latency.source
+    slow = derating(part_of(to_toml(known_gpu(latency=9e-6))).gpu)  # its own, where that is more
+    assert (slow.latency.value, slow.products.latency.value) == pytest.approx((9e-6, 9e-6))
+    assert "measured" in slow.products.latency.source
+    silent = part_of(to_toml(known_gpu(clock=None))).gpu
+    assert derating(silent).products.latency.fitted_on == ""
+
+
+def test_special_functions_of_a_gpu_are_those_that_its_guide_says() -> None:
+    gpu = part_of(to_toml(known_gpu())).gpu
+    assert gpu.special_per_second == pytest.approx(16 * 132 * 1.98e9)
+    assert {f.key: f.source_kind for f in gpu.figures}["sfu_exp_per_clk_per_sm"] == "vendor"
+    assert derating(gpu).special is None
+    assert part_of(to_toml(known_gpu(compute_capability="10.3"))).gpu.special_per_second is None
+
+
+def test_gaps_between_kernels_are_not_counted_to_a_gpu_s_cache() -> None:
+    assert part_of(to_toml(known_gpu())).gpu.l2_bandwidth_measured == pytest.approx(5e12)
+    slower = part_of(to_toml(known_gpu(latency=1e-9))).gpu.l2_bandwidth_measured
+    assert slower is not None
+    assert slower < 4.5e12
+
+
+def test_products_are_not_of_zeros() -> None:
+    bench = calibration._Bench(torch.device("cpu"), TINY)
+    for dtype in ("float32", "bfloat16", "int8"):
+        product = bench._product(dtype, 64, 64)()
+        assert (product != 0).float().mean() > 0.9, dtype
 
 
 def test_every_figure_is_traced_to_the_run() -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ from fxroof.analyzer import clock
 from fxroof.analyzer.clock import Bench
 from fxroof.analyzer.clocked import MeasureError, Order
 from fxroof.analyzer.errors import FxroofError, ReportFileError
+from fxroof.analyzer.handover import PhaseFailed
 from fxroof.analyzer.load import load
 from fxroof.analyzer.materialize import RealMemory, vocabulary_of
 from fxroof.analyzer.measure import measure
@@ -237,6 +239,33 @@ def test_a_model_for_another_device_says_so() -> None:
         ran(f"{MODELS}:OnCuda")
 
 
+def test_a_gpu_that_does_not_let_us_in_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it does")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("auto", "cuda"):
+        with pytest.raises(MeasureError, match="CUDA does not start: "):
+            clock.device_of(name)
+
+
+def test_each_run_counts_from_where_the_first_began() -> None:
+    (phase,) = ran(f"{MODELS}:Counting", dataclasses.replace(ORDER, runs=5)).phases
+    assert phase.eager.runs == 5
+    assert phase.kernels_failure == ""
+    assert "aten.add_.Tensor" in {call.target for call in phase.calls}
+
+
+def test_a_phase_that_failed_leaves_no_tensors_to_the_next() -> None:
+    frames, _ = clock.from_order(Request(target=f"{MODELS}:Failing", scenario=SHORT), ORDER)
+    for frame in frames:
+        if isinstance(frame, PhaseFailed):
+            assert "made 12345 numbers" in frame.failure.message
+            break
+    else:
+        pytest.fail("it ran")
+    assert not [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape == (12345,)]
+
+
 def test_operators_that_change_from_run_to_run_leave_the_whole_measured() -> None:
     (phase,) = ran(f"{MODELS}:Moody").phases
     assert phase.eager.runs == 3
@@ -263,6 +292,7 @@ def test_marks_are_found_again_in_what_a_profiler_saw() -> None:
     inner = next(event for event in events if event.name == "aten::addmm" or event.name == "aten::mm")
     inner.append_kernel("gemm", 0, 7)  # as torch does with what the device reports
     inner.append_kernel("split", 0, 5)
+    inner.append_kernel(inner.name, 0, 99)  # as it does without CUPTI, or of a range of the model's own
     mark = next(event for event in events if event.name == "fxroof:0")
     mark.append_kernel("fxroof:0", 0, 99)  # the device's own copy of the mark
     seconds, kernels = clock._by_mark(events, 3)

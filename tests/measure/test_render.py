@@ -22,7 +22,8 @@ def call(index: int, *, least: float = 3e-3, seen: bool = True) -> MeasuredCall:
 def measured(*calls: MeasuredCall, failure: str = "") -> Measured:
     phase = MeasuredPhase(
         name="decode", tokens=1, floor=1e-3, bound=2e-3, estimate=4e-3, compiled_bound=1.5e-3, compiled_estimate=2e-3,
-        eager=timing([8e-3, 6e-3, 7e-3]), compiled=timing([3e-3]), compiled_mode="default", compiled_failure="",
+        eager=timing([8e-3, 6e-3, 7e-3]), compiled=timing([3e-3]), compiled_failure="",
+        compiled_mode="reduce-overhead, not all in CUDA graphs",
         calls=calls, strays=(Stray(target="aten.to", shape="4", calls=2, seconds=1e-6),), passes=5, clock=1.5e-6,
         kernels_failure=failure, peak_bytes=None, needed_bytes=10**9,
     )  # fmt: skip
@@ -55,6 +56,13 @@ def test_ratios_stand_beside_times() -> None:
     assert "2.00×" in compiled
     assert "1.50×" in compiled
     assert "measured just now" in text
+    assert "compiled   not all in CUDA graphs" in text
+
+
+def test_what_was_measured_is_seen_on_a_narrow_terminal() -> None:
+    text = terminal(measured(call(0)), Options(width=80))
+    eager = next(line for line in text.splitlines() if line.startswith("eager"))
+    assert "7.00 ms" in eager
 
 
 def test_layers_are_folded_and_markup_is_text() -> None:
