@@ -48,6 +48,8 @@ class Gemm:
         n: columns of the result.
         k: inner size.
         aligned: false where rows of an operand or of the result do not begin at multiples of 16 bytes.
+        groups: matrices of (k, n) that the rows are dealt out to, such as experts, those that have any; 0 where all
+            rows meet the same.
     """
 
     batch: int
@@ -55,6 +57,7 @@ class Gemm:
     n: int
     k: int
     aligned: bool = True
+    groups: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,7 @@ class Cost:
         exchange: what it tells other GPUs, if anything.
         parts: the kernels it launches where there are several; their work and traffic add up to the whole.
         waits: true where the host waits for it to be done, since Python or the launch of what follows needs a value.
+        quantises: true for a kernel that makes narrower numbers of what it reads, with scales of their own.
     """
 
     status: Status = Status.PRICED
@@ -136,6 +140,7 @@ class Cost:
     exchange: Exchange | None = None
     parts: "tuple[Part, ...]" = ()
     waits: bool = False
+    quantises: bool = False
 
     @property
     def matmul_flops(self) -> float:
@@ -242,6 +247,7 @@ class Call:
         exchange: Exchange | None = None,
         parts: "tuple[Part, ...]" = (),
         waits: bool = False,
+        quantises: bool = False,
     ) -> Cost:
         """The cost with the usual traffic: every tensor argument read once, every result written once.
 
@@ -263,6 +269,7 @@ class Call:
             exchange: see `Cost`.
             parts: see `Cost`.
             waits: see `Cost`.
+            quantises: see `Cost`.
         """
         return Cost(
             matmul=matmul or {},
@@ -280,6 +287,7 @@ class Call:
             exchange=exchange,
             parts=parts,
             waits=waits,
+            quantises=quantises,
         )
 
 

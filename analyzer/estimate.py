@@ -40,6 +40,8 @@ class OfProducts:
         latency: seconds of one, however small.
         narrow_latency: the same in 8 and 4 bits.
         split: seconds more where the inner dimension is split.
+        grouped: share of the share of the matmul peak that is left for products of groups.
+        grouped_latency: seconds of one of those, however small.
     """
 
     memory: Derated
@@ -47,6 +49,8 @@ class OfProducts:
     latency: Derated
     narrow_latency: Derated
     split: Derated
+    grouped: Derated
+    grouped_latency: Derated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,7 @@ class OfAttention:
 
     Attributes:
         small: share of the share of the matmul peak that is left for heads up to 64.
+        narrow: the same for products of 8 bits, over prompts.
         prompt_memory: share of the memory bandwidth, over prompts.
         prompt: seconds of one over prompts, however small.
         prompt_wave: seconds more for each wave of its blocks.
@@ -65,6 +70,7 @@ class OfAttention:
     """
 
     small: Derated
+    narrow: Derated
     prompt_memory: Derated
     prompt: Derated
     prompt_wave: Derated
@@ -87,6 +93,7 @@ class Derating:
         products: matrix products, beside that.
         attention: share of the matmul peak in fused attention, by dtype.
         attending: fused attention, beside that; None where no such kernels were measured.
+        quantising: share of what others reach of the memory and of L2, in kernels that quantise.
         vector: share of the peak of vector and special-function units.
         special: exponentials and the like a second; None where they were not measured.
         l2_bandwidth: byte/s; None where nothing is known of the part.
@@ -105,6 +112,7 @@ class Derating:
     products: OfProducts
     attention: Derated
     attending: OfAttention | None
+    quantising: Derated
     vector: Derated
     special: Derated | None
     l2_bandwidth: Derated | None
@@ -126,6 +134,7 @@ class Derating:
             *_figures(self.products),
             self.attention,
             *(_figures(self.attending) if self.attending else ()),
+            self.quantising,
             self.vector,
             self.special,
             self.l2_bandwidth,
@@ -157,6 +166,7 @@ def derating(gpu: Gpu) -> Derating:
         products=_of_products(gpu, reading, l2, latency, waits=memory_latency.value > 0),
         attention=_attention_share(gpu),
         attending=_of_attention(gpu, reading),
+        quantising=_quantising_share(gpu),
         vector=_share("vector units", 0.8, "assumed"),
         special=_special(gpu),
         l2_bandwidth=l2,
@@ -274,7 +284,8 @@ class _Work:
         """The slowest lane counts."""
         share = self.reached.attention.value if self.cost.backend and not self.cost.gemms else 1.0
         tensor = sum(self.cost.matmul[dtype] / (peak * share) for dtype, peak in self.peaks.items())
-        lanes = self._lanes(tensor, self.memory / self.share, self.l2, link)
+        moving = self.reached.quantising.value if self.cost.quantises else 1.0
+        lanes = self._lanes(tensor, self.memory / (self.share * moving), self.l2 / moving, link)
         return Busy(lanes, lanes.slowest[0], lanes.slowest[0] + waiting)
 
     def products(self, sms: int) -> Busy:
@@ -282,15 +293,17 @@ class _Work:
         cost, of = self.cost, self.reached.products
         memory = self.memory / of.memory.value
         ideal = [2.0 * g.batch * g.m * g.n * g.k for g in cost.gemms]
-        operands = [g.batch * (g.m * g.k + g.n * g.k + g.m * g.n) for g in cost.gemms]
+        operands = [g.batch * (g.m * g.k + max(g.groups, 1) * g.n * g.k + g.m * g.n) for g in cost.gemms]
         tensor = tiles = working = latency = 0.0
         for dtype, peak in self.peaks.items():
             item = ITEM_BITS[dtype] / 8
             item *= min(1.0, self.moved / (item * sum(operands)))  # packed weights pass L2 as they are stored
-            narrow = ITEM_BITS[dtype] < _WIDE_BITS
-            latency = max(latency, (of.narrow_latency if narrow else of.latency).value)
+            narrow = _is_narrow(dtype)
             for gemm, own in zip(cost.gemms, operands, strict=True):
+                small = of.grouped_latency if gemm.groups else of.narrow_latency if narrow else of.latency
+                latency = max(latency, small.value)
                 left = 1.0 if gemm.aligned or self.reached.misaligned is None else self.reached.misaligned.value
+                left *= of.grouped.value if gemm.groups else 1.0
                 tiled = _tiled(
                     gemm,
                     left * peak * sum(ideal) / cost.matmul[dtype],
@@ -314,7 +327,10 @@ class _Work:
         in_turn = max(ceil(blocks / sms) * mean, most)
         done = in_turn * sms * _QUERIES / (shape.pairs * shape.heads * shape.group)  # what runs, of what counts
         share = self.reached.attention.value * (of.small.value if shape.size <= _SMALL_HEAD else 1.0)
-        tensor = sum(self.cost.matmul[dtype] * max(1.0, done) / (peak * share) for dtype, peak in self.peaks.items())
+        tensor = sum(
+            self.cost.matmul[dtype] * max(1.0, done) / (peak * share * (of.narrow.value if _is_narrow(dtype) else 1.0))
+            for dtype, peak in self.peaks.items()
+        )
         lanes = self._lanes(tensor, self.memory / of.prompt_memory.value, self.l2)
         working = max(_together(_OVERLAP, lanes.tensor, lanes.memory), lanes.slowest[0])
         waves = ceil(blocks / sms)
@@ -336,6 +352,10 @@ class _Work:
 
 
 _WIDE_BITS = 16
+
+
+def _is_narrow(dtype: str) -> bool:
+    return ITEM_BITS[dtype] < _WIDE_BITS
 
 
 def _special_seconds(cost: Cost, gpu: Gpu, reached: Derating) -> float:
@@ -361,8 +381,10 @@ def _tiled(
     """
     l2_rate = of.l2.value if of.l2 else 0.0
     best = (0.0, 0.0, float("inf"))
-    for rows, columns in _narrow_tiles(gemm.m) if narrow else _TILES:
-        tiles = gemm.batch * ceil(gemm.m / rows) * ceil(gemm.n / columns)
+    overlap = _OVERLAP_OF_WAITS if gemm.groups else _OVERLAP
+    whole = narrow or gemm.groups > 0
+    for rows, columns in _narrow_tiles(gemm.m) if narrow and not gemm.groups else _TILES:
+        tiles = ceil(gemm.batch * _row_tiles(gemm, rows)) * ceil(gemm.n / columns)
         split = 1
         while True:
             blocks = tiles * split
@@ -373,12 +395,17 @@ def _tiled(
             loaded = (running * (rows + columns) * inner * item_bytes + partial) / l2_rate if l2_rate else 0.0
             more = of.split.value if split > 1 else 0.0
             if max(needed, loaded, memory) + more < best[2]:  # else there is no need to know by how much it is slower
-                together = _together(_OVERLAP, needed, loaded, memory) + more
+                together = _together(overlap, needed, loaded, memory) + more
                 best = (needed, loaded, together) if together < best[2] else best
-            if blocks >= sms or inner < 2 * _LEAST_SLICE or narrow:
+            if blocks >= sms or inner < 2 * _LEAST_SLICE or whole:
                 break
             split *= 2
     return best
+
+
+def _row_tiles(gemm: Gemm, rows: int) -> float:
+    """Tiles of so many rows; none has rows of two groups, and half a tile of each group is empty on average."""
+    return max(gemm.groups, gemm.m / rows + gemm.groups / 2) if gemm.groups else ceil(gemm.m / rows)
 
 
 def _narrow_tiles(rows: int) -> tuple[tuple[int, int], ...]:
@@ -483,6 +510,7 @@ def _of_products(gpu: Gpu, reading: Derated, l2: Derated | None, latency: Derate
     known = _fitted(gpu)
     memory, through, split = "memory in products", "L2 in products", "split of a product"
     small, narrow = "product latency", "product latency in 8 and 4 bits"
+    grouped, grouped_small = "products of groups beside others", "latency of products of groups"
     if known is None:
         return OfProducts(
             memory=replace(reading, name=memory),
@@ -490,6 +518,8 @@ def _of_products(gpu: Gpu, reading: Derated, l2: Derated | None, latency: Derate
             latency=replace(latency, name=small),
             narrow_latency=replace(latency, name=narrow),
             split=Derated(name=split, unit="s", value=0.0, source="not known"),
+            grouped=_share(grouped, 1.0, "not known"),
+            grouped_latency=replace(latency, name=grouped_small),
         )
 
     def at_least(name: str, key: str) -> Derated:
@@ -502,6 +532,8 @@ def _of_products(gpu: Gpu, reading: Derated, l2: Derated | None, latency: Derate
         latency=at_least(small, "product_cycles"),
         narrow_latency=at_least(narrow, "narrow_product_cycles"),
         split=known.seconds(split, "product_split_cycles"),
+        grouped=known.share(grouped, "grouped_product_fraction"),
+        grouped_latency=at_least(grouped_small, "grouped_product_cycles"),
     )
 
 
@@ -510,12 +542,18 @@ def _attention_share(gpu: Gpu) -> Derated:
     return known.share(name, "prompt_attention_fraction") if known else _share(name, 0.81, "an H100's")
 
 
+def _quantising_share(gpu: Gpu) -> Derated:
+    name, known = "kernels that quantise beside others", _fitted(gpu)
+    return known.share(name, "quantising_fraction") if known else _share(name, 1.0, "not known")
+
+
 def _of_attention(gpu: Gpu, reading: Derated) -> OfAttention | None:
     known = _fitted(gpu)
     if known is None:
         return None
     return OfAttention(
         small=known.share("heads up to 64 beside that", "prompt_attention_head64_fraction"),
+        narrow=known.share("8 bits beside that", "prompt_attention_narrow_fraction"),
         prompt_memory=known.times(reading, "memory in prompt attention", "prompt_attention_memory_fraction"),
         prompt=known.seconds("prompt attention latency", "prompt_attention_cycles"),
         prompt_wave=known.seconds("each wave of its blocks", "prompt_attention_wave_cycles"),

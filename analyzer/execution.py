@@ -275,12 +275,13 @@ class _Work:
         # ops of one kind share these mappings, which costs keep alive
         shared = (
             id(cost.matmul), id(cost.vector), id(cost.gemms), id(cost.attended), cost.special, cost.tf32, cost.backend,
+            cost.quantises,
         )  # fmt: skip
         known = self.by_identity.get(shared)
         if known is None or cost.exchange:
             value = (
                 *cost.matmul.items(), None, *cost.vector.items(), cost.special, cost.tf32, cost.backend, cost.gemms,
-                cost.attended, cost.exchange,
+                cost.attended, cost.exchange, cost.quantises,
             )  # fmt: skip
             known = self.by_identity[shared] = self.by_value.setdefault(value, len(self.by_value))
         return known

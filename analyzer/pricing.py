@@ -108,6 +108,7 @@ def _moved(cost: Cost, tensors: Mapping[int, int]) -> Cost:
         exchange=cost.exchange,
         parts=tuple(parts),
         waits=cost.waits,
+        quantises=cost.quantises,
     )
 
 

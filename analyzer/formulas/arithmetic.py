@@ -33,9 +33,10 @@ def multiply_adds(dtype: str, count: float) -> dict[str, float]:
     return {_REAL[dtype]: 8.0 * count} if is_complex(dtype) else {dtype: 2.0 * count}
 
 
-def products(m: int, n: int, k: int, batch: int = 1, *, aligned: bool = True) -> tuple[Gemm, ...]:
+def products(m: int, n: int, k: int, batch: int = 1, *, aligned: bool = True, groups: int = 0) -> tuple[Gemm, ...]:
     """The shape of `batch` products of an (m, k) by a (k, n) matrix; empty where there is nothing to multiply."""
-    return (Gemm(batch=batch, m=m, n=n, k=k, aligned=aligned),) if batch and m and n and k else ()
+    some = batch and m and n and k
+    return (Gemm(batch=batch, m=m, n=n, k=k, aligned=aligned, groups=groups),) if some else ()
 
 
 def promoted(tensors: Iterable[Tensor]) -> str:

@@ -44,7 +44,13 @@ def grouped_mm(call: Call) -> Cost:
         reads=reads,
         writes=writes,
         expected_reads=expected,
-        gemms=products(rows, right.shape[-1], left.shape[-1] * packed, left.shape[0] if ranks == (3, 3) else 1),
+        gemms=products(
+            rows,
+            right.shape[-1],
+            left.shape[-1] * packed,
+            left.shape[0] if ranks == (3, 3) else 1,
+            groups=experts_met(call, right, left.shape[0]) if ranks == (2, 3) else 0,
+        ),
     )
 
 
@@ -67,6 +73,18 @@ def experts_read(call: Call, weights: Tensor, rows: int) -> tuple[int, int]:
         weights: the experts that this GPU holds, one a row of the first dimension.
         rows: all rows, those that meet other GPUs' experts included.
     """
+    least, average = _drawn(call, weights, rows)
+    experts, whole = weights.shape[0], reach(call, weights)
+    return whole * least // max(experts, 1), round(whole * average / max(experts, 1))
+
+
+def experts_met(call: Call, weights: Tensor, rows: int) -> int:
+    """Experts of this GPU that have any row, on average; arguments as of `experts_read`."""
+    return max(1, round(_drawn(call, weights, rows)[1]))
+
+
+def _drawn(call: Call, weights: Tensor, rows: int) -> tuple[int, float]:
+    """Experts that have any row, at least and on average."""
     experts, ranks = weights.shape[0], call.graph.expert_ranks
     tokens, chosen = call.graph.tokens, 1
     if tokens > 0 and rows % tokens == 0:
@@ -75,6 +93,4 @@ def experts_read(call: Call, weights: Tensor, rows: int) -> tuple[int, int]:
         tokens = rows
     drawn = min(chosen, experts * ranks, rows)
     least = -(-drawn // ranks)
-    average = experts * (1 - (1 - drawn / (experts * ranks)) ** tokens) if experts else 0.0
-    whole = reach(call, weights)
-    return whole * least // max(experts, 1), round(whole * average / max(experts, 1))
+    return least, experts * (1 - (1 - drawn / (experts * ranks)) ** tokens) if experts else 0.0

@@ -8,7 +8,7 @@ and int8. The ops of `fxroof` are those that quantised transformers models are t
 from ..cost import Call, Cost, Gemm, formula
 from ..graph import Tensor
 from .arithmetic import item_bytes, multiply_adds, products, vector
-from .moe import experts_read, own_bytes, own_rows
+from .moe import experts_met, experts_read, own_bytes, own_rows
 
 
 @formula("aten._int_mm")
@@ -116,7 +116,7 @@ def quantize_activations(call: Call) -> Cost:
     work = vector(source.dtype, 4 * source.numel)
     if _quantises_as_it_loads(call):
         return call.cost(vector=work, writes=0, note="activations are quantised by the kernel that multiplies them")
-    return call.cost(vector=work)
+    return call.cost(vector=work, quantises=True)
 
 
 @formula("fxroof.linear_scaled")
@@ -188,7 +188,7 @@ def grouped_linear(call: Call) -> Cost:
         reads=reads | {"x": own_bytes(call, left)},
         writes=own_bytes(call, out),
         expected_reads=expected,
-        gemms=products(own, out.shape[-1], inner),
+        gemms=products(own, out.shape[-1], inner, groups=experts_met(call, weight, rows)),
     )
 
 
@@ -247,7 +247,12 @@ def _mxfp4(
         scratch_read=between,
         scratch_written=between,
         note=f"mxfp4 weights are widened to {left.dtype}",
-        gemms=products(own_rows(call, rows), results // max(own_rows(call, rows), 1), left.shape[-1]),
+        gemms=products(
+            own_rows(call, rows),
+            results // max(own_rows(call, rows), 1),
+            left.shape[-1],
+            groups=experts_met(call, call.tensor("weight"), rows),
+        ),
     )
 
 

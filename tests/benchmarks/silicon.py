@@ -110,7 +110,7 @@ def main() -> int:
     print(HEADER)
     beaten: list[Priced] = []
     kinds: defaultdict[tuple[str, str, str], Tally] = defaultdict(Tally)
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = {"": None}
     total = 0
     for rows in groups(args.gpu, args.operator, None if args.all else args.rows, args.seed):
         first = rows[0]
@@ -122,17 +122,18 @@ def main() -> int:
         if not found:
             print(f"{head[0]:14}{head[1]:18}{head[2]:21}{head[3]:15}  not priced: {reason}")
             continue
-        said = remark(first)
-        notes.update({said: None} if said else {})
-        mark = f" ({list(notes).index(said) + 1})" if said else ""
+        said = {remark(one.row): None for one in found}
+        notes.update(said)
+        mark = "".join(f" ({list(notes).index(note)})" for note in said if note)
         tally = Tally()
         tally += found
         print(line(head, tally, mark), flush=True)
         total += len(found)
         beaten += [one for one in found if one.beaten]
-        if not said:
-            kinds["tuned" if first.gpu in TUNED else "unseen", first.operator, first.dtype] += found
-    for number, note in enumerate(notes, 1):
+        plain = [one for one in found if not remark(one.row)]
+        if plain:
+            kinds["tuned" if first.gpu in TUNED else "unseen", first.operator, first.dtype] += plain
+    for number, note in enumerate(list(notes)[1:], 1):
         print(f"({number}) {note}; left out of what follows")
     print(f"\n{'':14}{HEADER[14:]}")
     for (part, operator, dtype), tally in sorted(kinds.items(), key=lambda item: item[0][1:] + item[0][:1]):

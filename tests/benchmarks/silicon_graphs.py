@@ -5,9 +5,11 @@ Nothing here knows a formula of its own: a graph is priced, cut into kernels and
 """
 
 import functools
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
+from statistics import fmean
 from typing import Any
 
 from fxroof.analyzer.estimate import Derating, derating
@@ -69,7 +71,8 @@ def predict(row: Measured) -> Predicted:
     gpu, reached = part(row.gpu)
     timed = BUILDERS[row.operator](row, gpu)
     done = run(timed.graph, gpu, reached)
-    return Predicted(bound=done.bound / timed.repeated, estimate=done.estimate / timed.repeated)
+    estimate = run(timed.likely, gpu, reached).estimate if timed.likely else done.estimate
+    return Predicted(bound=done.bound / timed.repeated, estimate=estimate / timed.repeated)
 
 
 def run(graph: Graph, gpu: Gpu, reached: Derating) -> Predicted:
@@ -88,10 +91,17 @@ def part(key: str) -> tuple[Gpu, Derating]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """What one recording holds: a graph, and how many repetitions of the row are in it."""
+    """What one recording holds.
+
+    Attributes:
+        graph: the least that any program does which computes the row: what is bounded.
+        repeated: repetitions of the row in it.
+        likely: what the collector's program did, as far as it is known, where that is more: what is estimated.
+    """
 
     graph: Graph
     repeated: int = 1
+    likely: Graph | None = None
 
 
 class Builder:
@@ -348,12 +358,35 @@ _LATENT, _ROTARY, _NOPE, _HEAD = 512, 64, 128, 128
 def mla_prefill(row: Measured, gpu: Gpu) -> Timed:
     """Attention over prompts of DeepSeek's latent attention as they are written out: keys of 192, values of 128."""
     batch, length, heads = row["batch_size"], row["isl"], row["num_heads"]
-    asked = _STORED[str(row.shape["kv_cache_dtype"])]  # with an 8-bit cache kernels on Blackwell multiply in 8 bits
+    asked = _STORED[str(row.shape["kv_cache_dtype"])]  # the least: with an 8-bit cache products in 8 bits
     build = Builder()
     query, key = (build.given(asked, batch, length, heads, _NOPE + _ROTARY) for _ in range(2))
     value, out = build.given(asked, batch, length, heads, _HEAD), build.made("bfloat16", batch, length, heads, _HEAD)
     build.call("aten._flash_attention_forward.default", out, query=query, key=key, value=value, is_causal=True)
-    return Timed(graph=build.graph())
+    return Timed(graph=build.graph(), likely=_likely_mla_prefill(row, gpu))
+
+
+def _likely_mla_prefill(row: Measured, gpu: Gpu) -> Graph:
+    """The cache is written; FlashAttention 3 in SGLang attends to it, others quantise first on parts of 8 bits."""
+    batch, length, heads = row["batch_size"], row["isl"], row["num_heads"]
+    stored = _STORED[str(row.shape["kv_cache_dtype"])]
+    asked = stored if gpu.tensor.get("float8") else "bfloat16"
+    build = Builder()
+    cache = _write_latents(build, row, length)
+    if _attends_to_latents(row):
+        _attend_to_latents(build, row, cache, length)
+        return build.graph()
+    sizes = (_NOPE + _ROTARY, _NOPE + _ROTARY, _HEAD)
+    if asked == FP8:
+        narrow, scale = build.made(FP8, batch, length, heads, sum(sizes)), build.made("float32", batch, length, 1)
+        whole = build.given("bfloat16", batch, length, heads, sum(sizes))
+        build.call("fxroof.quantize_activations.default", narrow, scale, x=whole, scale=None, kernel="")
+        query, key, value = (build.view(narrow, FP8, batch, length, heads, size) for size in sizes)
+    else:
+        query, key, value = (build.given("bfloat16", batch, length, heads, size) for size in sizes)
+    out = build.made("bfloat16", batch, length, heads, _HEAD)
+    build.call("aten._flash_attention_forward.default", out, query=query, key=key, value=value, is_causal=True)
+    return build.graph()
 
 
 def mla_decode(row: Measured, gpu: Gpu) -> Timed:
@@ -366,13 +399,41 @@ def mla_decode(row: Measured, gpu: Gpu) -> Timed:
     value = build.view(key, stored, batch, max(row["step"], 1), 1, _LATENT)
     out = build.made("bfloat16", batch, 1, heads, _LATENT)
     build.call("aten._flash_attention_forward.default", out, query=query, key=key, value=value, is_causal=False)
-    return Timed(graph=build.graph())
+    likely = Builder()
+    _attend_to_latents(likely, row, _write_latents(likely, row, 1), 1)
+    return Timed(graph=build.graph(), likely=likely.graph())
+
+
+def _write_latents(build: Builder, row: Measured, new: int) -> TensorRef:
+    """The cache, and the kernel that writes the latents of new tokens to it."""
+    batch, width = row["batch_size"], _LATENT + _ROTARY
+    stored = _STORED[str(row.shape["kv_cache_dtype"])]
+    cache = build.cache(stored, batch, max(row["step"], new), 1, width)
+    fresh = build.given("bfloat16", batch, new, width)
+    build.one_kernel((fresh,), (cache,), (batch * new * width * ITEM_BITS[stored] // 8,))
+    return cache
+
+
+def _attends_to_latents(row: Measured) -> bool:
+    return row.kernel == "flash_attention"
+
+
+def _attend_to_latents(build: Builder, row: Measured, cache: TensorRef, new: int) -> None:
+    batch, heads, width = row["batch_size"], row["num_heads"], _LATENT + _ROTARY
+    stored, seen = _STORED[str(row.shape["kv_cache_dtype"])], max(row["step"], new)
+    if stored == FP8 and _attends_to_latents(row):  # FlashAttention 3 has no such kernel: all of it is widened
+        wide = build.made("bfloat16", batch, seen, 1, width)
+        build.one_kernel((cache,), (), (), wide)
+        cache, stored = wide, "bfloat16"
+    query, out = build.given(stored, batch, new, heads, width), build.made("bfloat16", batch, new, heads, _LATENT)
+    value = build.view(cache, stored, batch, seen, 1, _LATENT)
+    build.call("aten._flash_attention_forward.default", out, query=query, key=cache, value=value, is_causal=new > 1)
 
 
 def moe(row: Measured, gpu: Gpu) -> Timed:
     """Experts' two products with their activation between them, and the sum over the experts of a token.
 
-    The first product reads tokens where they are; of `moe_ep_size` GPUs this is one.
+    The first product reads tokens where they are; of `moe_ep_size` GPUs this is one, with an even share of the rows.
     """
     tokens, width, top, experts = (row[c] for c in ("num_tokens", "hidden_size", "topk", "num_experts"))
     inner, ranks = row["inter_size"] // row["moe_tp_size"], row["moe_ep_size"]
@@ -390,7 +451,159 @@ def moe(row: Measured, gpu: Gpu) -> Timed:
     build.one_kernel((up,), (active,), (made,), read=(made * (1 + gated),), **work)
     _experts(build, row.dtype, down, active, own, width, inner, ends)
     build.one_kernel((down,), (), (), out, read=(2 * here * width,), flops=float(here * width))
-    return Timed(graph=build.graph(expert_ranks=ranks))
+    return Timed(graph=build.graph(expert_ranks=ranks), likely=_sorted_experts(row, inner, gated=gated))
+
+
+_IN_PLACE = ("triton", "marlin", "vllm_fused_moe")
+"""Words of kernels that read tokens where they are, and keep a row for each expert of a token, also of other GPUs."""
+
+_ROUTED_BEFORE = {("vllm", "0.14.0"), ("vllm", "0.19.0"), ("vllm", "0.22.0"), ("sglang", "0.5.10")}
+"""Versions whose collectors chose experts outside the time; SGLang's did so with several GPUs alone."""
+
+
+def _sorted_experts(row: Measured, inner: int, *, gated: bool) -> Graph:
+    """What was timed: the load that the collector made up, and the kernels that sort rows by expert."""
+    tokens, width, top, experts = (row[c] for c in ("num_tokens", "hidden_size", "topk", "num_experts"))
+    load = load_of(tokens, top, experts, row["moe_ep_size"], str(row.shape["distribution"]))
+    in_place = any(word in row.kernel for word in _IN_PLACE)
+    rows, kept, several = load.rows, load.rows, row["moe_ep_size"] > 1
+    if in_place:
+        kept = tokens * top
+        if (row.backend, row.version) == ("sglang", "0.5.10") and several:
+            # tokens of this GPU alone; their rows that meet experts of others were sent to its first expert
+            tokens, rows, kept = load.tokens, load.tokens * top, load.tokens * top
+    dtype, columns = _run_as(row), inner * (1 + gated)
+    build = Builder()
+    x, out = build.given("bfloat16", tokens, width), build.made("bfloat16", tokens, width)
+    ids, order, ends = (build.made("int32", *size) for size in ((tokens, top), (rows,), (load.experts,)))
+    if (row.backend, row.version) not in _ROUTED_BEFORE or (row.backend == "sglang" and not several):
+        build.one_kernel((build.given("float32", tokens, experts),), (), (), ids)
+    build.one_kernel((ids,), (), (), ends)
+    build.one_kernel((ids, ends), (), (), order)
+    if in_place:
+        first = build.given("bfloat16", rows, width, nbytes=2 * min(rows, tokens) * width)
+    else:
+        first = build.made("bfloat16", rows, width)
+        build.one_kernel((x, order), (), (), first)
+    quantised = dtype in ("fp8", "fp8_block") and in_place
+    if quantised:
+        _quantise_rows(build, x, tokens, width)
+    up, active, down = (build.made("bfloat16", kept, size) for size in (columns, inner, width))
+    _experts(build, dtype, build.view(up, "bfloat16", rows, columns), first, load.experts, columns, width, ends)
+    made = kept * inner
+    work = {"special": float(made), "flops": 4.0 * made} if gated else {"flops": 2.0 * made}
+    zeros = 2 * (kept - rows)  # bytes of a column of the rows that other GPUs compute: here they are cleared
+    build.one_kernel((up,), (up, active), (zeros * columns, 2 * made), **work)
+    if quantised:
+        _quantise_rows(build, active, kept, inner)
+    some = build.view(active, "bfloat16", rows, inner)
+    _experts(build, dtype, build.view(down, "bfloat16", rows, width), some, load.experts, width, inner, ends)
+    build.one_kernel((down,), (down,), (zeros * width,), out, flops=float(kept * width))
+    return build.graph(tokens=1)
+
+
+_SAMPLES = 4
+"""Collectors time five draws of a power law, and say nothing of their seeds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What the GPU that was timed has of all rows of experts, by the routing that collectors made up.
+
+    Read from `collector/helper.py` of the repository in docs/silicon.md: experts in turn (`balanced`), or as many rows
+    each as a sample of a power law says, where the GPU with most rows is the one that is timed.
+
+    Attributes:
+        rows: of a token and an expert, that meet one of its experts.
+        experts: of its own that have any.
+        tokens: that have any of its experts.
+    """
+
+    rows: int
+    experts: int
+    tokens: int
+
+
+@functools.cache
+def load_of(tokens: int, top: int, experts: int, gpus: int, distribution: str) -> Load:
+    """The load of a row of the tables; the mean of some draws where it is drawn."""
+    if distribution == "balanced":
+        return _balanced(tokens, top, experts, experts // gpus)
+    exponent = float(distribution.rpartition("_")[2])
+    drawn = random.Random(0)  # noqa: S311  # no secret
+    loads = [_busiest(_counts(drawn, tokens, top, experts, gpus, exponent), tokens, gpus) for _ in range(_SAMPLES)]
+    return Load(
+        rows=max(1, round(fmean(one.rows for one in loads))),
+        experts=max(1, round(fmean(one.experts for one in loads))),
+        tokens=max(1, round(fmean(one.tokens for one in loads))),
+    )
+
+
+def _balanced(tokens: int, top: int, experts: int, own: int) -> Load:
+    stride = ceil(experts / top)
+    period = min(tokens, experts)  # tokens choose alike again after so many
+    apart = 1.0 if tokens >= stride else stride / tokens
+    rows = have = 0
+    seen: set[int] = set()
+    for token in range(period):
+        chosen = {int(token * apart + k * stride) % experts for k in range(top)}
+        here = [expert for expert in chosen if expert < own]
+        times = len(range(token, tokens, experts))
+        rows += times * len(here)
+        have += times * bool(here)
+        seen.update(here)
+    return Load(rows=max(rows, 1), experts=max(len(seen), 1), tokens=max(have, 1))
+
+
+def _counts(drawn: random.Random, tokens: int, top: int, experts: int, gpus: int, exponent: float) -> list[int]:
+    """Rows of each expert, as `_generate_power_law_distribution` has them."""
+    low, high = (1.0, tokens * 0.8) if tokens * top > experts else (0.01, 2.0)
+    a, b = low ** (1 - exponent), high ** (1 - exponent)
+    sizes = [((b - a) * drawn.random() + a) ** (1 / (1 - exponent)) for _ in range(experts)]
+    scale = tokens * top / sum(sizes)
+    counts = [min(tokens, round(size * scale)) for size in sizes]
+    left = tokens * top - sum(counts)
+    step = 1 if left > 0 else -1
+    own, first = experts // gpus, 0
+    while left:  # one GPU after the other: to the expert that has fewest, from the one that has most
+        mine = range(first, first + own)
+        chosen = min(mine, key=counts.__getitem__) if left > 0 else max(mine, key=counts.__getitem__)
+        if 0 <= counts[chosen] + step <= tokens:
+            counts[chosen] += step
+            left -= step
+        first = (first + own) % (own * gpus)
+    return counts
+
+
+def _busiest(counts: list[int], tokens: int, gpus: int) -> Load:
+    own = len(counts) // gpus
+    start = max(range(0, own * gpus, own), key=lambda first: sum(counts[first : first + own]))
+    mine = range(start, start + own)
+    # tokens are given their experts column by column, in the order of the experts' counts
+    spans: list[tuple[int, int]] = []
+    at = 0
+    for expert in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
+        if expert in mine and counts[expert]:
+            first, last = at % tokens, at % tokens + counts[expert]
+            spans += [(first, min(last, tokens)), (0, last - tokens)] if last > tokens else [(first, last)]
+        at += counts[expert]
+    covered = reach = 0
+    for first, last in sorted(spans):
+        covered += max(0, last - max(first, reach))
+        reach = max(reach, last)
+    own_counts = counts[start : start + own]
+    return Load(rows=sum(own_counts), experts=sum(count > 0 for count in own_counts), tokens=covered)
+
+
+def _run_as(row: Measured) -> str:
+    """The format that kernels read: where SGLang runs mxfp4 in Triton it widens the weights once and for all."""
+    widened = row.dtype == "w4a16_mxfp4" and row.kernel.startswith("sglang_fused_moe_triton")
+    return "bfloat16" if widened else row.dtype
+
+
+def _quantise_rows(build: Builder, x: TensorRef, rows: int, width: int) -> None:
+    narrow, scale = build.made(FP8, rows, width), build.made("float32", rows, 1)
+    build.call("fxroof.quantize_activations.default", narrow, scale, x=x, scale=None, kernel="")
 
 
 def _experts(

@@ -120,10 +120,16 @@ def excluded(row: Measured) -> str:
 
 
 def remark(row: Measured) -> str:
-    """What makes a table no measure of a kernel's time; empty where nothing does."""
+    """What makes a row no measure of a kernel's time; empty where nothing does."""
     if (row.operator, row.backend, row.dtype) == ("gemm", "vllm", "fp8_block"):
         return "60 to 270 µs a layer whatever its shape: launched by the host, not by a CUDA graph"
+    if row.operator == "moe" and row.gpu in _HOPPER and "flashinfer_cutlass" in row.kernel and row.dtype in _UNTUNED:
+        return "three to four times as long as TensorRT-LLM's CUTLASS experts of the same shape: not tuned"
     return ""
+
+
+_HOPPER = ("h100_sxm", "h200_sxm")
+_UNTUNED = ("bfloat16", "fp8")
 
 
 class NoTablesError(Exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.silicon_graphs import BUILDERS, Measured, NotPricedError, Predicted, part, predict
+from benchmarks.silicon_graphs import BUILDERS, Load, Measured, NotPricedError, Predicted, load_of, part, predict
 from fxroof.analyzer.cost import Attended, bytes_by_role
 from fxroof.analyzer.graph import Graph
 from fxroof.analyzer.pricing import price
@@ -82,6 +82,13 @@ def made(operator: str, shape: Mapping[str, int | str], backend: str = "vllm", *
     return timed.graph, timed.repeated
 
 
+def likely_graph(operator: str, shape: Mapping[str, int | str], backend: str, **rest: Any) -> Graph:
+    row = {"gpu": "h100_sxm", "version": "", "kernel": "", "dtype": "bfloat16", "seconds": 1.0} | rest
+    timed = BUILDERS[operator](Measured(operator=operator, backend=backend, shape=shape, **row), part("h100_sxm")[0])
+    assert timed.likely is not None
+    return timed.likely
+
+
 def matmul_flops(graph: Graph) -> float:
     return sum(cost.executed_matmul_flops for cost in price(graph, part("h100_sxm")[0]))
 
@@ -143,10 +150,65 @@ def test_decode_reads_the_cache_once_and_a_window_of_it() -> None:
 def test_experts_of_one_gpu_have_its_share_of_the_products() -> None:
     shape = {
         "num_tokens": 64, "hidden_size": 256, "inter_size": 512, "topk": 4, "num_experts": 32, "moe_tp_size": 2,
-        "moe_ep_size": 8,
+        "moe_ep_size": 8, "distribution": "balanced",
     }  # fmt: skip
     graph, _ = made("moe", shape)
     assert matmul_flops(graph) == 64 * 4 / 8 * 3 * 2 * 256 * (512 / 2)
+    # every eighth token meets each of the four experts here, and TensorRT-LLM permutes those rows alone
+    likely = likely_graph("moe", shape, "trtllm", kernel="moe_torch_flow_cutlass")
+    assert matmul_flops(likely) == matmul_flops(graph)
+    assert [g.groups for cost in price(likely, part("h100_sxm")[0]) for g in cost.gemms] == [4, 4]
+    # SGLang 0.5.10 sent all rows of its tokens to them: 8 rows of 32 tokens each hold one of its experts, 4 rows each
+    sent = likely_graph("moe", shape, "sglang", version="0.5.10", kernel="sglang_fused_moe_triton")
+    assert matmul_flops(sent) == 4 * matmul_flops(graph)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top", "experts"), [(1, 8, 128), (5, 6, 64), (64, 4, 32), (1000, 8, 256), (7, 2, 8)]
+)
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_a_balanced_load_is_that_of_tokens_one_by_one(tokens: int, top: int, experts: int, gpus: int) -> None:
+    stride = -(-experts // top)
+    mine = set(range(experts // gpus))
+    rows, met, have = 0, set(), 0
+    for token in range(tokens):
+        first = token if tokens >= stride else token * stride / tokens
+        here = mine & {int(first + k * stride) % experts for k in range(top)}
+        rows, met, have = rows + len(here), met | here, have + bool(here)
+    assert load_of(tokens, top, experts, gpus, "balanced") == Load(rows=rows, experts=len(met), tokens=have)
+
+
+@pytest.mark.parametrize(("tokens", "top", "experts"), [(1, 8, 128), (16, 8, 128), (300, 6, 64), (4096, 2, 8)])
+def test_a_power_law_gives_the_busiest_gpu_more_than_its_share(tokens: int, top: int, experts: int) -> None:
+    alone = load_of(tokens, top, experts, 1, "power_law_1.2")
+    assert (alone.rows, alone.tokens) == (tokens * top, tokens)
+    assert top <= alone.experts <= experts
+    for gpus in (2, 8):
+        load = load_of(tokens, top, experts, gpus, "power_law_1.2")
+        assert tokens * top / gpus <= load.rows <= min(tokens * top, tokens * experts / gpus)
+        assert load.rows / top <= load.tokens <= min(tokens, load.rows)
+        assert load.experts <= experts / gpus
+
+
+def test_prompts_of_latents_are_attended_to_as_each_engine_does() -> None:
+    shape = {"batch_size": 2, "isl": 300, "step": 0, "num_heads": 16, "kv_cache_dtype": "bfloat16"}
+    pairs = 2 * 16 * 300 * 301 // 2
+    written_out = likely_graph("mla prefill", shape, "trtllm", kernel="default")
+    latents = likely_graph("mla prefill", shape, "sglang", kernel="flash_attention")
+    assert matmul_flops(written_out) == pairs * 2 * (192 + 128)
+    assert matmul_flops(latents) == pairs * 2 * (576 + 512)
+    narrow = price(likely_graph("mla prefill", shape | {"kv_cache_dtype": "fp8"}, "trtllm"), part("h100_sxm")[0])
+    assert [cost.quantises for cost in narrow] == [False, True, False]
+    assert set(narrow[-1].matmul) == {"float8_e4m3fn"}
+
+
+def test_an_8_bit_cache_of_latents_is_widened_where_the_kernel_wants_16() -> None:
+    shape = {"batch_size": 4, "isl": 1, "step": 1000, "num_heads": 16, "kv_cache_dtype": "fp8"}
+    graph = likely_graph("mla decode", shape, "sglang", kernel="flash_attention")
+    *_, widened, attention = price(graph, part("h100_sxm")[0])
+    assert sum(access.read for access in widened.traffic) == 4 * 1000 * 576
+    assert sum(access.written for access in widened.traffic) == 2 * 4 * 1000 * 576
+    assert set(attention.matmul) == {"bfloat16"}
 
 
 def test_what_fxroof_has_no_op_for_is_refused() -> None:
