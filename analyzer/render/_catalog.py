@@ -122,14 +122,19 @@ def _rates(gpu: Gpu) -> list[Column]:
 
 def _figures(figures: Sequence[Figure]) -> list[Column]:
     values = [clean(f.value) if isinstance(f.value, str) else f"{f.value:.12g}" for f in figures]
+    keys, sources = [figure.key for figure in figures], [clean(figure.source_id) for figure in figures]
     return [
-        Column(header="figure", cells=[figure.key for figure in figures], least=16),
-        Column(header="value", cells=values, right=True, least=10),
+        Column(header="figure", cells=keys, least=_longest(keys)),  # a name and a figure are no use in part
+        Column(header="value", cells=values, right=True, least=_longest(values)),
         Column(header="unit", cells=[figure.unit for figure in figures]),
         Column(header="confidence", cells=[figure.confidence for figure in figures]),
         Column(header="kind", cells=[figure.source_kind for figure in figures], drop=1),
-        Column(header="source", cells=[clean(figure.source_id) for figure in figures], least=6),
+        Column(header="source", cells=sources, least=_longest(sources)),
     ]
+
+
+def _longest(cells: Sequence[str]) -> int:
+    return max(map(len, cells), default=0)
 
 
 def _memory(gpu: Gpu) -> str:
