@@ -11,6 +11,7 @@ from benchmarks.silicon_graphs import BUILDERS, Load, Measured, NotPricedError, 
 from fxroof.analyzer.cost import Attended, bytes_by_role
 from fxroof.analyzer.graph import Graph
 from fxroof.analyzer.pricing import price
+from silicon_tables import excluded
 
 DATA = Path(__file__).parent.parent / "data" / "silicon_sample.json"
 SAMPLE = json.loads(DATA.read_text())
@@ -220,3 +221,16 @@ def test_an_8_bit_cache_of_latents_is_widened_where_the_kernel_wants_16() -> Non
 def test_what_fxroof_has_no_op_for_is_refused() -> None:
     with pytest.raises(NotPricedError, match="int4_wo"):
         made("gemm", {"m": 1, "n": 64, "k": 64}, dtype="int4_wo")
+
+
+def test_only_rows_that_cannot_be_what_they_say_are_left_out() -> None:
+    shape = {"batch_size": 8, "isl": 12288, "num_heads": 96, "head_dim": 256}
+    kind = {"operator": "prefill attention", "backend": "trtllm", "version": "1.3.0rc20", "dtype": "bfloat16/fp8"}
+
+    def row(gpu: str, **changes: int) -> Measured:
+        return Measured(gpu=gpu, kernel="", seconds=1.0, shape=shape | changes, **kind)
+
+    assert "2^31" in excluded(row("h100_sxm"))
+    assert not excluded(row("h100_sxm", batch_size=4))
+    assert not excluded(row("b200"))
+    assert not any(map(excluded, (*ROWS, *TYPICAL)))
