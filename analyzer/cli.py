@@ -19,7 +19,6 @@ import click
 from click.core import ParameterSource
 
 from .console import Progress, deliver, options, print_error, print_note, silence_stdout
-from .errors import BoxError, CoverageError, FxroofError, TargetError, TraceError, WorkloadError
 from .parameters import (
     DIFF_FORMATS,
     MODULE_RULES,
@@ -439,7 +438,6 @@ def analyze(
         modules=tuple(chain(*per_module_ignore)),
     )
     saved = _saved_report(targets)
-    lost: Sequence[FxroofError] = ()
     if saved is not None:
         _refuse_tracing_options(ctx, targets[0])
         report = _repriced(ctx, saved, gpus if _was_given(ctx, "gpus") else (), selection)
@@ -451,9 +449,8 @@ def analyze(
         from .report import merged
 
         with Progress(quiet=quiet) as progress:
-
-            def analysed(target: str) -> Report:
-                return analyze_target(
+            report = merged(
+                analyze_target(
                     target,
                     gpus=gpus,
                     scenarios=situations,
@@ -472,9 +469,8 @@ def analyze(
                     debug=debug,
                     progress=progress.say,
                 )
-
-            reports, lost = _of_each(tuple(dict.fromkeys(targets)), analysed)
-        report = merged(reports)
+                for target in dict.fromkeys(targets)
+            )
     if baseline is not None:
         report = applied(report, known)
     if limits:
@@ -487,9 +483,7 @@ def analyze(
         deliver(render(report, name, options(file, top=top, by=by)), file)
     for failure in report.failures:
         print_error(f"{failure.phase} was not analysed: {failure.message}", failure.hint)
-    for error in lost:
-        print_error(error.message, error.hint)
-    if report.failures or lost:
+    if report.failures:
         return EXIT_STOPPED
     return EXIT_FOUND if not exit_zero and _fails(report, fail_on) else 0
 
@@ -946,23 +940,6 @@ def _situations(ctx: click.Context, project: Project | None, wanted: Sequence[st
 _LENGTHS = frozenset({"input_len", "output_len"})
 
 
-def _of_each(
-    targets: Sequence[str], analysed: Callable[[str], Report]
-) -> tuple[Sequence[Report], Sequence[FxroofError]]:
-    """Reports of the targets, and the errors of those that have none: one is no reason to say nothing of the others."""
-    reports, lost = [], []
-    for target in targets:
-        try:
-            reports.append(analysed(target))
-        except (TargetError, WorkloadError, TraceError, BoxError, CoverageError) as error:
-            if len(targets) == 1:
-                raise
-            lost.append(error)
-    if not reports:
-        raise lost[0]
-    return reports, lost
-
-
 def _saved_report(targets: Sequence[str]) -> Report | None:
     """The report in a .json file, or None where that is something else."""
     from .report import is_report, read_report
@@ -1059,6 +1036,7 @@ def _usage_error(error: click.UsageError) -> int:
 
 def _unexpected(error: Exception, *, debug: bool) -> int:
     from ..hardware.catalog import CatalogError
+    from .errors import FxroofError
 
     if debug:
         import traceback

@@ -457,3 +457,32 @@ def test_a_base_without_the_target_leaves_the_head_to_be_judged_alone(tmp_path, 
     assert done.exit_code == 1
     assert "doubt      the base was not analysed: HEAD^: " in done.stdout
     assert "new warning KVC001" in " ".join(done.stdout.split())
+
+
+def test_a_head_that_has_lost_a_target_does_not_pass(tmp_path, monkeypatch):
+    """Also where another is as it was."""
+    project = {"fxroof.toml": 'targets = ["tiny.py", "other.py"]\ngpus = ["b200"]', "tiny.py": TINY, "other.py": TINY}
+    commit(tmp_path, project)
+    put(tmp_path, {"other.py": f"{TINY}\n1 / 0\n"})
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["diff", "--base", "HEAD"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "other.py: running the file failed" in " ".join(done.stderr.split())
+
+
+TINY = """
+import torch
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def example_inputs(phase, batch_size, input_len, context_len):
+    return torch.zeros(2, 64)
+"""
