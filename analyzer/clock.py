@@ -233,10 +233,12 @@ class Bench:
         self._through(prepare())  # what is set up when it is first used is no part of a step
         peak = self.clock.peak_bytes(prepare())
         runs = self._timed(prepare)
-        mode, failure = "", ""
+        mode, failure, skipped = "", "", 0
         compiled: Sequence[float] = ()
         if self.order.compile:
+            before = _graphs_skipped()
             mode, compiled, failure = self._compiled(program, args, prepare)
+            skipped = _graphs_skipped() - before if self.device.type == "cuda" else 0
         calls: tuple[ClockedCall, ...] = ()
         strays: tuple[Stray, ...] = ()
         passes, problem = 0, ""
@@ -255,6 +257,7 @@ class Bench:
             compiled_runs=tuple(compiled),
             compiled_mode=mode,
             compiled_failure=failure,
+            graphs_skipped=skipped,
             calls=calls,
             strays=strays,
             passes=passes,
@@ -312,17 +315,13 @@ class Bench:
             for tensor in args:
                 if isinstance(tensor, torch.Tensor):  # or CUDA graphs copy the whole cache in each step
                     torch._dynamo.mark_static_address(tensor)
-        skipped = _graphs_skipped()
         try:
             for _ in range(_WARM_UPS):  # compiles, then records the CUDA graph, then replays it
                 run = prepare(wrap)
                 if on_gpu:  # or a graph would be recorded as what follows the last one, if that has left anything
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch leaves it so
                 self._through(run)
-            times = self._timed(lambda: prepare(wrap), mark=on_gpu)
-            if on_gpu and _graphs_skipped() > skipped:
-                mode += ", not all in CUDA graphs"
-            return mode, times, ""
+            return mode, self._timed(lambda: prepare(wrap), mark=on_gpu), ""
         except Exception as error:  # whatever a compiler raises: the eager figures stand
             failure = f"{type(error).__name__}: {_first_line(error)}"
             _let_go(error)

@@ -98,8 +98,9 @@ class Clocked:
         machine: where.
         runs: seconds of each run, eagerly, one after the other as steps are.
         compiled_runs: the same of what torch.compile makes of it; empty where that was not asked for, or failed.
-        compiled_mode: mode of torch.compile, and whether it made no CUDA graphs of some; empty as above.
+        compiled_mode: mode of torch.compile; empty as above.
         compiled_failure: why it failed; empty where it did not.
+        graphs_skipped: graphs that torch.compile did not make CUDA graphs of.
         calls: what the graph's ops took, in order; empty where that was not asked for, or failed.
         strays: what ran beside them.
         passes: runs in which ops were timed one by one.
@@ -115,6 +116,7 @@ class Clocked:
     compiled_runs: tuple[float, ...] = ()
     compiled_mode: str = ""
     compiled_failure: str = ""
+    graphs_skipped: int = 0
     calls: tuple[ClockedCall, ...] = ()
     strays: tuple[Stray, ...] = ()
     passes: int = 0

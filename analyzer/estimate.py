@@ -249,7 +249,10 @@ _KEYS = 128
 """Keys that it takes at a time."""
 _SMALL_HEAD = 64
 _OVERLAP, _OVERLAP_OF_WAITS = 3.3, 2.0
-"""Exponents by which lanes add up, and a lane with what blocks wait for: 1 is in turn, infinity is side by side."""
+"""Exponents by which lanes add up, and a lane with what blocks wait for: 1 is in turn, infinity is side by side.
+
+Fitted beside the figures in the files of the A100 and the H100 (docs/method.md); of no part, so they stand here.
+"""
 
 
 class _Work:

@@ -112,6 +112,7 @@ class MeasuredPhase:
         compiled: measured under torch.compile; None where that was not asked for, or failed.
         compiled_mode: of torch.compile.
         compiled_failure: why it failed.
+        graphs_skipped: graphs that torch.compile did not make CUDA graphs of.
         calls: every op of the graph, in order; empty where they were not timed.
         strays: what ran that is not in the graph.
         passes: runs in which ops were timed.
@@ -132,6 +133,7 @@ class MeasuredPhase:
     compiled: Timing | None
     compiled_mode: str
     compiled_failure: str
+    graphs_skipped: int
     calls: tuple[MeasuredCall, ...]
     strays: tuple[Stray, ...]
     passes: int
@@ -228,6 +230,7 @@ def beside(graph: Graph, clocked: Clocked, gpu: Gpu) -> MeasuredPhase:
         compiled=timing(clocked.compiled_runs) if clocked.compiled_runs else None,
         compiled_mode=clocked.compiled_mode,
         compiled_failure=clocked.compiled_failure,
+        graphs_skipped=clocked.graphs_skipped,
         calls=_calls(graph, phase, costs, clocked, gpu),
         strays=tuple(sorted(clocked.strays, key=lambda stray: -stray.seconds)),
         passes=clocked.passes,

@@ -65,11 +65,9 @@ def _tokens(phase: MeasuredPhase) -> str:
 
 
 def _times(phase: MeasuredPhase, width: int) -> Iterator[Text]:
-    left_out = ""
     rows: list[tuple[str, float, float, object]] = [("eager", phase.bound, phase.estimate, phase.eager)]
     if phase.compiled is not None:
-        mode, _, left_out = phase.compiled_mode.partition(", ")
-        rows.append((f"compiled, {mode}", phase.compiled_bound, phase.compiled_estimate, phase.compiled))
+        rows.append((f"compiled, {phase.compiled_mode}", phase.compiled_bound, phase.compiled_estimate, phase.compiled))
     timings = [phase.eager, *([phase.compiled] if phase.compiled else [])]
     yield from table(
         [
@@ -94,8 +92,8 @@ def _times(phase: MeasuredPhase, width: int) -> Iterator[Text]:
         ],
         width,
     )
-    if left_out:
-        yield from fact("compiled", [left_out], width)
+    if phase.graphs_skipped:
+        yield from fact("compiled", ["not all in CUDA graphs"], width)
     if phase.compiled_failure:
         yield from fact("compiled", [f"not run: {clean(phase.compiled_failure)}"], width)
     if phase.peak_bytes is not None:

@@ -2,8 +2,7 @@
 
 Run by hand, after `pip install 'fxroof[silicon]'`: python tests/benchmarks/silicon.py [--rows 300 | --all]. Each row of
 the package's tables becomes a graph of the calls that were timed, and is priced as any model's is. 300 rows of each
-table take two minutes; all 6.6 million rows take an hour and a half. Ends with exit code 1 where a bound exceeds a
-measurement.
+table take two minutes, all 6.6 million rows an hour or more. Ends with exit code 1 where a bound exceeds a measurement.
 """
 
 import argparse
